@@ -1,0 +1,34 @@
+# Every goal sets up first (python3 -m setup: under a second when there is nothing to do).
+PYTHON ?= python3
+STACK ?= p510
+TESTS ?=
+setup = $(PYTHON) -m setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup rehearse test check bench format
+
+help: ## list the goals
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## install what is missing: uv, Pulumi, the Python packages
+	@$(setup)
+
+rehearse: ## preview, up, up again and outputs of a stack against stand-ins: make rehearse STACK=p510
+	@$(setup) -- .venv/bin/python -m rehearsal $(STACK)
+
+test: ## all tests; some of them: make test TESTS=tests/unit
+	@$(setup) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
+
+check: setup ## lint, format, types, import rule, schema; no engine
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/pyright
+	@.venv/bin/lint-imports
+	@.venv/bin/python -m components.settings.schema --check
+
+bench: ## the benchmarks
+	@$(setup) -- .venv/bin/python -m bench
+
+format: setup ## mend what lint and format can mend by themselves
+	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff format

@@ -1,0 +1,67 @@
+"""The platform of one host on one screen: what is there -> cluster -> what lives in it -> outputs."""
+
+import pulumi
+import pulumi_docker as docker
+
+import homelab
+from components import settings
+from components.argocd import ArgoCD, ArgoCDArgs, Revision
+from components.cluster import Cluster
+from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster
+from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
+from components.host import Connection, Host
+from components.namespaces import Namespaces, NamespacesArgs
+from components.secrets import Secrets, SecretsArgs, read_values
+from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
+
+stack = settings.load()
+name = stack.cluster.name
+if stack.tunnels:
+    # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
+    from components import tunnel
+
+# All that can refuse comes before the first resource.
+connection = Connection(stack.host)
+live = LiveCluster.read(stack.cluster, connection)
+revision = stack.argocd and Revision.read(stack.argocd, name, connection)
+values = read_values(stack.declared_secrets(), stack.host, connection)
+if stack.tunnels and live.state == "running":
+    tunnel.refuse_two_owners(stack.tunnels, stack.cluster.kubeconfig.path, connection)
+live.announce(stack.cluster, connection.name)
+if stack.tailscale:
+    warn_of_sidecars(stack.tailscale)
+for warning in stack.warnings:
+    pulumi.log.warn(warning)
+
+host = Host(pulumi.get_stack(), connection)
+engine = docker.Provider("docker", host=stack.host.docker)
+k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
+kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
+cluster = Cluster(name, kubeconfig.provider, k3d.identity, kubeconfig.path, host)
+namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+argocd = None
+if stack.argocd and revision:
+    argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[secrets]))
+tunnels = {}
+if stack.tunnels and stack.cloudflare:
+    account = tunnel.cloudflare_provider(stack.cloudflare)
+    for key, declared in stack.tunnels.items():
+        args = tunnel.CloudflareTunnelArgs(
+            stack.cloudflare, declared, account, engine, cluster, after=[namespaces]
+        )
+        tunnels[key] = tunnel.CloudflareTunnel(key, args)
+if stack.tailscale and stack.tailscale.operator:
+    operator = TailscaleOperatorArgs(stack.tailscale.operator, cluster, after=[namespaces])
+    TailscaleOperator(name, operator)
+
+homelab.export(
+    cluster=k3d.output,
+    kubeconfig=kubeconfig.content,
+    namespaces=namespaces.names,
+    argocd=argocd and argocd.output,
+    tunnels={key: made.output for key, made in tunnels.items()},
+    urls=pulumi.Output.all(*(made.urls for made in tunnels.values())).apply(
+        lambda urls: {hostname: url for each in urls for hostname, url in each.items()}
+    ),
+)

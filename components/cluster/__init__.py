@@ -1,0 +1,21 @@
+"""The cluster of a stack and the way into it."""
+
+from dataclasses import dataclass
+
+import pulumi
+import pulumi_kubernetes as kubernetes
+
+from components.host import Host
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster as the components in it see it, however it was made."""
+
+    name: str
+    provider: kubernetes.Provider
+    identity: pulumi.Resource
+    """What lives in the cluster is `deleted_with` this; it is replaced exactly when the cluster is another one."""
+    kubeconfig: pulumi.Input[str]
+    """Path of the kubeconfig on the host, for what hostctl does in the cluster."""
+    host: Host

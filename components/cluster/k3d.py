@@ -1,0 +1,201 @@
+"""A k3d cluster: its network and node image by the docker provider, the cluster itself by hostctl on the host."""
+
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from typing import Any
+
+import pulumi
+import pulumi_docker as docker
+from pulumi_command import local
+
+import homelab
+from components import settings
+from components.host import Connection, Host, HostError, result
+
+# Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the wait for the API.
+_SLACK_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class LiveCluster:
+    """What `hostctl k3d inspect` saw: facts of this moment, read before anything is registered.
+
+    ``generation`` and ``incarnation`` are the only ones that become inputs. Both stand still while the host agrees with the settings,
+    so that healing once leaves nothing to do (design rule 3).
+    """
+
+    state: str
+    generation: int
+    incarnation: str
+    certificate_generation: int
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    namespaces: list[str] | None = None
+    unseen: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, cluster: settings.Cluster, connection: Connection) -> "LiveCluster":
+        """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a cluster, another maker's cluster), or when
+        a difference cannot be applied to the live cluster and no recreate is confirmed (incident 6)."""
+        seen = connection.read(["k3d", "inspect"], cluster_spec(cluster))["cluster"]
+        live = cls(
+            state=seen["state"],
+            generation=seen["generation"],
+            incarnation=seen["incarnation"],
+            certificate_generation=seen["certificate_generation"],
+            differences=seen["differences"],
+            namespaces=seen["namespaces"],
+            unseen=seen["unseen"],
+        )
+        live.refuse_fixed_differences(cluster)
+        return live
+
+    def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
+        fixed = [difference for difference in self.differences if difference["fixed"]]
+        if not fixed or cluster.recreate == cluster.name:
+            return
+        lines = [
+            f"  homelab:cluster.{difference['key']}: declared {difference['declared']}, live {difference['live']}"
+            for difference in fixed
+        ]
+        raise HostError(
+            f"cluster {cluster.name}: {len(fixed)} setting(s) differ from the live cluster and are fixed when it is created:\n"
+            + "\n".join(lines)
+            + "\n  Remedy: write the live value into the stack file to keep the cluster as it is, or confirm a recreate with"
+            f" homelab:cluster.recreate: {cluster.name} (it makes and verifies a backup first)."
+        )
+
+    def announce(self, cluster: settings.Cluster, host: str) -> None:
+        """Says in the preview what up will do to the cluster, and what could not be seen."""
+        if self.state == "absent":
+            pulumi.log.info(f"cluster {cluster.name} does not exist on {host}: up creates it")
+        elif self.state == "stopped":
+            pulumi.log.warn(f"cluster {cluster.name} on {host} is stopped: up starts it")
+        for difference in self.differences:
+            pulumi.log.warn(
+                f"cluster {cluster.name}: {difference['key']} is {difference['live']}, declared"
+                f" {difference['declared']}: {difference['remedy']}"
+            )
+        for unseen in self.unseen:
+            pulumi.log.warn(f"cluster {cluster.name}: not seen: {unseen}")
+
+
+def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
+    """The settings as `hostctl k3d inspect` and `ensure` take them."""
+    return {
+        "name": cluster.name,
+        "image": cluster.image,
+        "servers": cluster.servers,
+        "agents": cluster.agents,
+        "disable": list(cluster.disable),
+        "api": {"bind": str(cluster.api.bind), "port": cluster.api.port},
+        "resolvers": [str(resolver) for resolver in cluster.resolvers],
+        "storage_dir": cluster.storage_dir,
+        "network": {"name": cluster.network.name, "subnet": str(cluster.network.subnet)},
+        "k3s_args": list(cluster.k3s_args),
+        "ports": [port.model_dump(mode="json") for port in cluster.ports],
+        "api_wait_seconds": cluster.api_wait_seconds,
+        "recreate": cluster.recreate,
+    }
+
+
+@dataclass(frozen=True)
+class K3dClusterArgs:
+    """``live`` is what the host holds now; ``docker`` reaches the host's Docker engine."""
+
+    settings: settings.Cluster
+    live: LiveCluster
+    host: Host
+    docker: docker.Provider
+
+
+class K3dCluster(pulumi.ComponentResource):
+    """A k3d cluster on a host's Docker engine.
+
+    The cluster itself is one Command around `hostctl k3d ensure`, which creates, starts or heals and never deletes (incident 2). It is
+    protected unless ``homelab:cluster.delete`` holds its name. A recreate happens only when ``recreate`` holds it.
+    """
+
+    identity: local.Command
+    """What lives in the cluster is `deleted_with` this: it is replaced exactly when the cluster is another one (design rule 4)."""
+    fingerprint: pulumi.Output[str]
+    """Derived from the cluster's own CA certificate: another cluster, another fingerprint."""
+    output: pulumi.Output[homelab.Cluster]
+    """As consumers of the stack read it."""
+
+    def __init__(
+        self, name: str, args: K3dClusterArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("homelab:index:K3dCluster", name, None, opts)
+        cluster = args.settings
+        deletable = cluster.delete == cluster.name
+        docker_options = pulumi.ResourceOptions(parent=self, provider=args.docker)
+
+        image = docker.RemoteImage(
+            "node-image", name=cluster.image, keep_locally=True, opts=docker_options
+        )
+        needs: list[pulumi.Resource] = [image]
+        if cluster.servers == 1:
+            # k3d gives nodes fixed addresses only on a network of its own making, which etcd needs: with more servers it makes it.
+            needs.append(
+                docker.Network(
+                    "network",
+                    name=cluster.network.name,
+                    driver="bridge",
+                    ipam_configs=[_ipam(str(cluster.network.subnet))],
+                    opts=pulumi.ResourceOptions.merge(
+                        docker_options,
+                        pulumi.ResourceOptions(protect=not deletable, delete_before_replace=True),
+                    ),
+                )
+            )
+
+        wait = f"{cluster.api_wait_seconds + _SLACK_SECONDS}s"
+        ensure = args.host.command(
+            "cluster",
+            ["k3d", "ensure"],
+            {
+                **cluster_spec(cluster),
+                "generation": args.live.generation,
+                "incarnation": args.live.incarnation,
+                "confirm": cluster.delete,
+            },
+            delete=["k3d", "delete"],
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                depends_on=needs,
+                protect=not deletable,
+                custom_timeouts=pulumi.CustomTimeouts(create=wait, update=wait, delete="10m"),
+            ),
+        )
+        self.identity = args.host.command(
+            "identity",
+            ["k3d", "identity"],
+            {"name": cluster.name},
+            triggers=[args.live.incarnation],
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
+        )
+
+        self.fingerprint = result(self.identity).apply(lambda seen: seen["identity"])
+        self.output = pulumi.Output.from_input(
+            {
+                "name": cluster.name,
+                "identity": self.fingerprint,
+                "endpoint": server_url(cluster),
+                "context": f"k3d-{cluster.name}",
+                "kubeconfigPath": cluster.kubeconfig.path,
+                "storageClass": "local-path",
+                "k3sVersion": result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
+            }
+        )
+        self.register_outputs({"output": self.output})
+
+
+def server_url(cluster: settings.Cluster) -> str:
+    """The API server as clients reach it: `api.serverName` where given, else the bind address, never 0.0.0.0 (incident 14)."""
+    name = str(cluster.api.server_name or cluster.api.bind)
+    return f"https://{f'[{name}]' if ':' in name else name}:{cluster.api.port}"
+
+
+def _ipam(subnet: str) -> docker.NetworkIpamConfigArgs:
+    # One entry with both, or the provider shows a difference for ever.
+    return docker.NetworkIpamConfigArgs(subnet=subnet, gateway=str(ip_network(subnet)[1]))

@@ -1,0 +1,202 @@
+"""Where the commands of a stack run: on this machine, or on a host over OpenSSH.
+
+Everything a host does for a stack is a verb of ``hostctl`` (see ``hostctl/README.md``), called in two ways:
+
+- *read*: hostctl's text is piped to the host's ``python3`` by the invoke ``command:local:run``, which preview and up both
+  execute. Nothing has to be installed, so the first preview of a new host works.
+- *change*: a :class:`pulumi_command.local.Command` runs the hostctl that :class:`Host` installed at a fixed path. Its inputs
+  hold no path, user or hash of a checkout: two operators see no difference, and a delete stored long ago still runs.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pulumi
+from pulumi_command import local
+
+from components import settings
+
+_HOSTCTL = Path(__file__).parent.parent / "hostctl" / "hostctl.py"
+
+# `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that `ps` shows.
+_BOOT = (
+    'import io,json,sys;r=json.load(sys.stdin);g={"__name__":"hostctl"};'
+    'exec(compile(r["program"],"hostctl","exec"),g);'
+    'sys.exit(g["main"](sys.argv[1:],io.StringIO(json.dumps(r["spec"]))))'
+)
+_INSTALL = (
+    "import os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);os.makedirs(d,exist_ok=True);"
+    "f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
+    'os.fdopen(f,"w").write(sys.stdin.read());os.replace(t,p)'
+)
+
+
+class HostError(pulumi.RunError):
+    """A host that cannot be read or that refuses: names the host, the step, the cause and the remedy."""
+
+
+class Connection:
+    """How commands reach the host of a stack.
+
+    ``settings.connection`` ``local`` runs them on the machine that runs Pulumi; ``ssh`` by the OpenSSH client, which brings its own
+    agent, ``~/.ssh/config`` and ProxyJump. Host keys are always checked and nothing is ever asked.
+    """
+
+    def __init__(self, host: settings.Host) -> None:
+        self._host = host
+        self._program = _HOSTCTL.read_text(encoding="utf-8")
+
+    @property
+    def name(self) -> str:
+        """The host in messages: its address, or ``this machine``."""
+        if self._host.connection == "local":
+            return "this machine"
+        return f"host {self._host.address}"
+
+    @property
+    def program(self) -> str:
+        """The text of hostctl as it is shipped."""
+        return self._program
+
+    def line(self, *argv: str) -> str:
+        """The shell line that runs ``argv`` on the host."""
+        remote = shlex.join(["sudo", "-n", *argv] if self._host.sudo else argv)
+        if self._host.connection == "local":
+            return remote
+        return f"{shlex.join(self._ssh())} {shlex.quote(remote)}"
+
+    def installed(self, verb: Sequence[str]) -> str:
+        """The shell line that runs a verb of the installed hostctl."""
+        return self.line(self._host.hostctl, *verb)
+
+    def install_line(self) -> str:
+        """The shell line that installs hostctl from its stdin, atomically and executable."""
+        return self.line("python3", "-c", _INSTALL, self._host.hostctl)
+
+    def read(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs a verb that only looks, now, and returns its result.
+
+        Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the caller has registered nothing yet.
+        """
+        step = f"hostctl {' '.join(verb)} on {self.name}"
+        try:
+            answer = local.run(
+                command=self.line("python3", "-c", _BOOT, *verb, "--exit-zero"),
+                stdin=json.dumps({"program": self._program, "spec": spec}),
+                logging=local.Logging.NONE,
+                add_previous_output_in_env=False,
+            )
+        except Exception as failure:
+            raise HostError(
+                f"{step} did not run.\n  Cause: {_last_line(str(failure))}\n  Remedy: {self._unreachable_remedy()}"
+            ) from None
+        try:
+            result = json.loads(answer.stdout)
+        except ValueError:
+            raise HostError(
+                f"{step} printed no JSON result.\n  Cause: {_last_line(answer.stderr) or 'no output'}\n"
+                "  Remedy: run the verb by hand on the host and read what it prints."
+            ) from None
+        if result["ok"]:
+            return result
+        error = result["error"]
+        raise HostError(f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n  Remedy: {error['remedy']}")
+
+    def _ssh(self) -> list[str]:
+        host = self._host
+        options = ["BatchMode=yes", "StrictHostKeyChecking=yes", "ConnectTimeout=10", "ServerAliveInterval=15"]
+        if host.known_hosts:
+            options.append(f"UserKnownHostsFile={host.known_hosts}")
+        argv = ["ssh", *(word for option in options for word in ("-o", option))]
+        if host.identity_file:
+            argv += ["-i", host.identity_file]
+        if host.jump:
+            argv += ["-J", host.jump]
+        if host.port != 22:
+            argv += ["-p", str(host.port)]
+        return [*argv, "--", f"{host.user}@{host.address}" if host.user else str(host.address)]
+
+    def _unreachable_remedy(self) -> str:
+        if self._host.connection == "local":
+            sudo = ", and that `sudo -n true` works (homelab:host.sudo)" if self._host.sudo else ""
+            return f"check that python3 (3.9 or newer) is on PATH here{sudo}."
+        return (
+            f"check that `{shlex.join(self._ssh())} python3 --version` works without a question: "
+            "address, key, known host key and python3 (3.9 or newer) on the host (homelab:host)."
+        )
+
+
+class Host(pulumi.ComponentResource):
+    """The host of a stack, with hostctl installed at ``homelab:host.hostctl``.
+
+    The installed file stays when the stack is destroyed: other stacks on the host, its boot unit and a person on a broken night use it.
+    """
+
+    hostctl: local.Command
+
+    def __init__(
+        self, name: str, connection: Connection, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("homelab:index:Host", name, None, opts)
+        self.connection = connection
+        install = connection.install_line()
+        self.hostctl = local.Command(
+            "hostctl",
+            create=install,
+            update=install,
+            stdin=connection.program,
+            logging=local.Logging.STDERR,
+            add_previous_output_in_env=False,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        self.register_outputs({})
+
+    def command(
+        self,
+        name: str,
+        verb: Sequence[str],
+        spec: Mapping[str, Any],
+        *,
+        secret: bool = False,
+        delete: Sequence[str] | None = None,
+        triggers: Sequence[Any] | None = None,
+        opts: pulumi.ResourceOptions,
+    ) -> local.Command:
+        """A verb of the installed hostctl as a resource: create and update are the same idempotent call.
+
+        ``spec`` travels on stdin, so an edit updates in place and never replaces; ``triggers`` replace, deleting first. ``secret``
+        marks the spec and both outputs secret and logs nothing: a failed command's text would otherwise be printed. ``delete`` is the
+        verb that `destroy` runs from the state; without one nothing is undone on the host.
+        """
+        stdin = pulumi.Output.json_dumps(spec)
+        return local.Command(
+            name,
+            create=self.connection.installed(verb),
+            update=self.connection.installed(verb),
+            delete=self.connection.installed(delete) if delete else None,
+            stdin=pulumi.Output.secret(stdin) if secret else stdin,
+            triggers=list(triggers) if triggers else None,
+            logging=local.Logging.NONE if secret else local.Logging.STDERR,
+            add_previous_output_in_env=False,
+            opts=pulumi.ResourceOptions.merge(
+                pulumi.ResourceOptions(
+                    depends_on=[self.hostctl],
+                    delete_before_replace=True,
+                    additional_secret_outputs=["stdout", "stderr"] if secret else None,
+                ),
+                opts,
+            ),
+        )
+
+
+def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:
+    """The JSON result that a hostctl verb printed."""
+    return command.stdout.apply(json.loads)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

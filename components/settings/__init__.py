@@ -1,0 +1,72 @@
+"""The typed settings of a stack: frozen, complete, and refused as a whole when anything in them is
+wrong.
+
+:func:`load` reads those of the current stack and is the only reader of Pulumi's configuration.
+``Settings.model_validate`` takes the
+same mapping without Pulumi. Either raises :class:`SettingsError`, whose text names every refused
+key, its value unless that is a secret,
+what is allowed, and the remedy.
+"""
+
+from components.settings.argocd import ArgoCD
+from components.settings.cluster import Api, Cluster, KubeconfigFile, Network, PublishedPort
+from components.settings.config import load
+from components.settings.host import Host
+from components.settings.problem import Problem, SettingsError
+from components.settings.secrets import (
+    DeclaredSecret,
+    Namespace,
+    Secret,
+    SecretCopy,
+    SecretType,
+    missing_keys,
+)
+from components.settings.stack import Settings, undeclared_route_namespaces
+from components.settings.tailscale import AuthKey, Operator, Tailscale, auth_key_problem
+from components.settings.tunnel import (
+    Access,
+    Adopt,
+    Cloudflare,
+    ClusterConnector,
+    ExternalConnector,
+    HostConnector,
+    Origin,
+    Route,
+    Tunnel,
+    token_secret_name,
+)
+
+__all__ = [
+    "Access",
+    "Adopt",
+    "Api",
+    "ArgoCD",
+    "AuthKey",
+    "Cloudflare",
+    "Cluster",
+    "ClusterConnector",
+    "DeclaredSecret",
+    "ExternalConnector",
+    "Host",
+    "HostConnector",
+    "KubeconfigFile",
+    "Namespace",
+    "Network",
+    "Operator",
+    "Origin",
+    "Problem",
+    "PublishedPort",
+    "Route",
+    "Secret",
+    "SecretCopy",
+    "SecretType",
+    "Settings",
+    "SettingsError",
+    "Tailscale",
+    "Tunnel",
+    "auth_key_problem",
+    "load",
+    "missing_keys",
+    "token_secret_name",
+    "undeclared_route_namespaces",
+]

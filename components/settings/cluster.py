@@ -1,0 +1,438 @@
+"""The k3d cluster of a host: nodes, network, API server, kubeconfig."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from ipaddress import IPv4Network, ip_address, ip_network
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from components.settings.model import (
+    AbsolutePath,
+    Account,
+    Image,
+    Model,
+    Number,
+    Port,
+    Text,
+    hostname_is_valid,
+)
+from components.settings.problem import Path, Problem, key_path
+
+# Docker's own bridge, and what k3s gives to pods and Services.
+_TAKEN = {
+    "Docker's default bridge": ip_network("172.17.0.0/16"),
+    "the pods of k3s": ip_network("10.42.0.0/16"),
+    "the Services of k3s": ip_network("10.43.0.0/16"),
+}
+_SYSTEM = frozenset(
+    {"bin", "boot", "dev", "etc", "lib", "lib64", "nix", "proc", "run", "sbin", "sys", "tmp", "usr"}
+)
+_SHARED = frozenset(
+    {
+        "/home",
+        "/media",
+        "/mnt",
+        "/opt",
+        "/root",
+        "/srv",
+        "/var",
+        "/var/lib",
+        "/var/lib/docker",
+        "/var/run",
+    }
+)
+# Arguments that have a setting of their own, or would show a secret in the host's process list.
+_OWN_SETTING = {
+    "--disable": "homelab:cluster.disable",
+    "--resolv-conf": "homelab:cluster.resolvers",
+    "--https-listen-port": "homelab:cluster.api.port",
+    "--bind-address": "homelab:cluster.api.bind",
+}
+_SECRET_ARGUMENTS = frozenset(
+    {
+        "--token",
+        "--agent-token",
+        "--datastore-endpoint",
+        "--etcd-s3-access-key",
+        "--etcd-s3-secret-key",
+    }
+)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_private_network(text: str) -> bool:
+    try:
+        network = IPv4Network(text)
+    except ValueError:
+        return False
+    return (
+        network.is_private
+        and 16 <= network.prefixlen <= 28
+        and not network.is_loopback
+        and not network.is_link_local
+    )
+
+
+def _usable_for_storage(path: str) -> bool:
+    return (
+        _clean(path)
+        and path.split("/")[1] not in _SYSTEM
+        and path not in _SHARED
+        and not path.startswith("/var/lib/docker/")
+    )
+
+
+def _clean(path: str) -> bool:
+    return not {".", ".."} & set(path.split("/"))
+
+
+IpAddress = Annotated[
+    str,
+    Text(
+        "an IP address",
+        "write an address, not a name: Docker publishes ports on addresses alone",
+        "127.0.0.1",
+        r"[0-9a-fA-F:.]+",
+        _is_address,
+    ),
+]
+ServerName = Annotated[
+    str,
+    Text(
+        "a host name or IP address that clients can reach, without scheme or port",
+        "write the name or address that belongs into the kubeconfig (incident 14)",
+        "p510.example.org",
+        r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|[0-9a-fA-F]*:[0-9a-fA-F:.]+",
+        lambda name: _is_address(name) or (hostname_is_valid(name) and ".." not in name),
+    ),
+]
+Subnet = Annotated[
+    str,
+    Text(
+        "a private IPv4 network such as 172.30.0.0/16, its host bits zero, from /16 to /28",
+        "choose a private range that nothing else on the host uses",
+        "172.30.0.0/16",
+        r"[0-9.]+/[0-9]{1,2}",
+        _is_private_network,
+    ),
+]
+NetworkName = Annotated[
+    str,
+    Text(
+        "a Docker network of this cluster's own: letters, digits, `_`, `.` and `-`, and not "
+        "bridge, host, none or container:...",
+        "leave it out for k3d-<cluster's name>: nodes in the host's network lose their isolation "
+        "and their port mappings",
+        "k3d-example",
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
+        lambda name: name.lower() not in {"bridge", "default", "host", "none"},
+    ),
+]
+StorageDir = Annotated[
+    str,
+    Text(
+        "an absolute path of a directory for volumes alone, not one of the system's such as /, "
+        "/etc or /var/lib",
+        "name a directory on the disk that shall hold the volumes",
+        "/mnt/img_pool/k3d/storage",
+        r"(?:/[A-Za-z0-9_@+=,.-]+)+",
+        _usable_for_storage,
+    ),
+]
+K3sArgument = Annotated[
+    str,
+    Text(
+        "--name or --name=value of the k3s server, none that has a setting of its own or carries "
+        "a secret",
+        f"use the setting ({', '.join(sorted(_OWN_SETTING.values()))}); a secret in an argument "
+        f"is readable by every process",
+        "--kubelet-arg=max-pods=200",
+        r"--[a-z0-9][a-z0-9-]*(?:=[A-Za-z0-9_.:/,=+<%-]*)?",
+        lambda argument: argument.partition("=")[0] not in _OWN_SETTING.keys() | _SECRET_ARGUMENTS,
+        shown=False,
+    ),
+]
+ClusterName = Annotated[
+    str,
+    Text(
+        "lower-case letters, digits and hyphens, at most 32 (k3d's limit), beginning with a letter",
+        "choose a name of that form",
+        "factory",
+        r"[a-z](?:[a-z0-9-]{0,30}[a-z0-9])?",
+    ),
+]
+FileMode = Annotated[
+    str,
+    Text(
+        'an octal mode in quotes that lets the owner read and others nothing, such as "0640"',
+        "the kubeconfig gives full control of the cluster: let the owner and the group read it, "
+        "and no one else",
+        "0640",
+        r"0?[4-7][0-7]0",
+    ),
+]
+DirectoryMode = Annotated[
+    str,
+    Text(
+        'an octal mode in quotes that lets the owner do all and others nothing, such as "0750"',
+        "let the owner and the group enter the directory, and no one else",
+        "0750",
+        r"0?7[0-7]0",
+    ),
+]
+
+
+class Api(Model):
+    """The address of the Kubernetes API."""
+
+    bind: IpAddress = Field(
+        default="127.0.0.1",
+        description="Address of the host on which the API is published. May be one that comes up "
+        "after Docker (tailscale0).",
+    )
+    port: Port = Field(default=6443, description="Port of the host on which the API is published.")
+    server_name: ServerName | None = Field(
+        default=None,
+        description="Name or address in the kubeconfig, also put into the server's certificate. "
+        "Default: the bind address;"
+        " required where that is 0.0.0.0 or ::.",
+    )
+
+
+class Network(Model):
+    """The Docker network of the nodes."""
+
+    name: NetworkName = Field(
+        default="k3d-<name>", description="Name of the network; <name> is the cluster's."
+    )
+    subnet: Subnet = Field(
+        default="172.30.0.0/16",
+        description="Its fixed range, so that address pools can be cut from it.",
+    )
+
+
+class PublishedPort(Model):
+    """A port of the nodes published on the host; fixed when the cluster is created."""
+
+    host_port: Port = Field(description="Port of the host.")
+    container_port: Port = Field(description="Port of the node.")
+    bind: IpAddress = Field(default="127.0.0.1", description="Address of the host to publish on.")
+    protocol: Literal["tcp", "udp"] = Field(default="tcp", description="Transport protocol.")
+
+
+class KubeconfigFile(Model):
+    """The kubeconfig on the host: a secret, written atomically."""
+
+    path: AbsolutePath = Field(default="/etc/k3d/kubeconfig", description="Where it is written.")
+    owner: Account = Field(default="root", description="Owner of the file and its directory.")
+    group: Account = Field(default="wheel", description="Group that may read it.")
+    mode: FileMode = Field(default="0640", description="Mode of the file, in quotes.")
+    directory_mode: DirectoryMode = Field(
+        default="0750", description="Mode of its directory, in quotes."
+    )
+
+
+class Cluster(Model):
+    """A Kubernetes cluster. A change of what is fixed at creation is refused until confirmed."""
+
+    kind: Literal["k3d"] = Field(
+        default="k3d", description="How the cluster is made: k3s nodes in the host's Docker."
+    )
+    name: ClusterName = Field(
+        default="factory",
+        description="Name of the cluster and prefix of its node containers. Fixed at creation.",
+    )
+    image: Image = Field(description="Node image, pinned. Fixed at creation.")
+    servers: Annotated[
+        int,
+        Number(
+            "1, 3, 5 or 7: etcd needs an odd number of servers to keep a majority",
+            "add or remove a server",
+            1, 1, 7, odd=True,
+        ),
+    ] = Field(default=1, description="Number of servers. Fixed at creation.")  # fmt: skip
+    agents: Annotated[
+        int, Number("0 to 32", "write a number in that range, without quotes", 0, 0, 32)
+    ] = Field(default=0, description="Number of agents. Fixed at creation.")
+    disable: list[
+        Literal["coredns", "local-storage", "metrics-server", "runtimes", "servicelb", "traefik"]
+    ] = Field(
+        default=["traefik", "servicelb"],
+        description="Parts of k3s to leave out. Fixed at creation.",
+    )
+    api: Api = Field(
+        default=Api(), description="The address of the Kubernetes API. Fixed at creation."
+    )
+    resolvers: list[IpAddress] = Field(
+        default=["1.1.1.1", "9.9.9.9"],
+        description="DNS servers of the nodes, up to three, mounted as their resolv.conf "
+        "(incident 5). Fixed at creation.",
+    )
+    storage_dir: StorageDir = Field(
+        default="/mnt/img_pool/k3d/storage",
+        description="Directory of the host that holds the volumes of storage class local-path. "
+        "Fixed at creation.",
+    )
+    network: Network = Field(
+        default=Network(),
+        validate_default=True,
+        description="The Docker network of the nodes. Fixed at creation.",
+    )
+    k3s_args: list[K3sArgument] = Field(
+        default=[],
+        description="More arguments for the k3s servers, one an entry. Fixed at creation.",
+    )
+    ports: list[PublishedPort] = Field(
+        default=[], description="Ports of the nodes published on the host. Fixed at creation."
+    )
+    kubeconfig: KubeconfigFile = Field(
+        default=KubeconfigFile(), description="The kubeconfig file on the host."
+    )
+    api_wait_seconds: Annotated[
+        int,
+        Number("10 to 86400", "write seconds in that range, without quotes", 1800, 10, 86400),
+    ] = Field(
+        default=1800,
+        description="Ceiling for the wait on the API, in seconds; it ends early when the server "
+        "stops reading its datastore (incident 4).",
+    )
+    recreate: ClusterName | None = Field(
+        default=None,
+        description="The cluster's name, typed: confirms that it is deleted and made anew, after "
+        "a backup (incident 10). Remove it afterwards.",
+    )
+    delete: ClusterName | None = Field(
+        default=None,
+        description="The cluster's name, typed: lets `pulumi destroy` delete the cluster.",
+    )
+
+    @field_validator("network")
+    @classmethod
+    def _name_network(cls, network: Network, info: ValidationInfo) -> Network:
+        name = network.name.replace("<name>", info.data.get("name", "example"))
+        return network.model_copy(update={"name": name})
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong across the fields."""
+        yield from self._api_problems()
+        yield from self._resolver_problems()
+        yield from self._port_problems()
+        subnet = ip_network(self.network.subnet)
+        for owner, taken in _TAKEN.items():
+            if subnet.overlaps(taken):
+                yield Problem(
+                    ("cluster", "network", "subnet"),
+                    self.network.subnet,
+                    f"a network outside {taken}, which belongs to {owner}",
+                    "choose another private range, for example 172.30.0.0/16",
+                )
+        for key in ("recreate", "delete"):
+            typed = getattr(self, key)
+            if typed is not None and typed != self.name:
+                yield Problem(
+                    ("cluster", key),
+                    typed,
+                    f"the cluster's name, {self.name}, or nothing",
+                    f"type {self.name} to confirm, or remove the key",
+                    involves=[("cluster", "name")],
+                )
+        nodes = 1 + self.servers + self.agents + 2
+        if subnet.num_addresses - 2 < nodes:
+            yield Problem(
+                ("cluster", "network", "subnet"),
+                self.network.subnet,
+                f"a network with room for {nodes} addresses",
+                "choose a larger range",
+                involves=[("cluster", "servers"), ("cluster", "agents")],
+            )
+
+    def _api_problems(self) -> Iterator[Problem]:
+        bind = ip_address(self.api.bind)
+        server = self.api.server_name
+        if bind.is_unspecified and server is None:
+            yield Problem(
+                ("cluster", "api", "bind"),
+                self.api.bind,
+                "an address of the host, or 0.0.0.0 and :: together with serverName",
+                "set homelab:cluster.api.serverName to the name or address that clients reach "
+                "(incident 14)",
+                involves=[("cluster", "api", "serverName")],
+            )
+        if server is not None and _is_address(server) and ip_address(server).is_unspecified:
+            yield Problem(
+                ("cluster", "api", "serverName"),
+                server,
+                "a name or address that clients can reach",
+                "write an address of the host: nobody can connect to an unspecified one "
+                "(incident 14)",
+            )
+
+    def _resolver_problems(self) -> Iterator[Problem]:
+        if not 1 <= len(self.resolvers) <= 3:
+            yield Problem(
+                ("cluster", "resolvers"),
+                len(self.resolvers),
+                "one to three DNS servers, the limit of resolv.conf",
+                "name two public or LAN resolvers, for example 1.1.1.1 and 9.9.9.9",
+            )
+        subnet = ip_network(self.network.subnet)
+        for index, resolver in enumerate(self.resolvers):
+            path: Path = ("cluster", "resolvers", index)
+            address = ip_address(resolver)
+            reason, involves = None, []
+            if address.is_loopback:
+                reason = "loopback is each container's own"
+            elif address.is_link_local or address.is_unspecified or address.is_multicast:
+                reason = "it cannot be routed to"
+            elif address in subnet:
+                reason, involves = (
+                    f"it is inside the cluster's own network {subnet}",
+                    [("cluster", "network", "subnet")],
+                )
+            elif address in _TAKEN["Docker's default bridge"]:
+                reason = "it is on Docker's bridge, where the resolver moves with Docker's version"
+            if reason:
+                yield Problem(
+                    path,
+                    resolver,
+                    "a DNS server outside the host and outside every Docker network",
+                    f"name a public or LAN resolver: {reason} (incident 5)",
+                    involves=involves,
+                )
+            if resolver in self.resolvers[:index]:
+                yield Problem(path, resolver, "each DNS server once", "remove it", "is named twice")
+
+    def _port_problems(self) -> Iterator[Problem]:
+        taken: dict[tuple[str, int], list[tuple[str, Path]]] = defaultdict(list)
+        taken["tcp", self.api.port].append((self.api.bind, ("cluster", "api")))
+        for index, port in enumerate(self.ports):
+            path: Path = ("cluster", "ports", index)
+            for bind, other in taken[port.protocol, port.host_port]:
+                if bind == port.bind or any(
+                    ip_address(b).is_unspecified for b in (bind, port.bind)
+                ):
+                    yield Problem(
+                        (*path, "hostPort"),
+                        port.host_port,
+                        "each port of an address once",
+                        "choose another hostPort",
+                        f"is used twice: {key_path(other)} has it too",
+                        involves=[
+                            (*path, "bind"),
+                            (*path, "protocol"),
+                            (*other, "bind"),
+                            (*other, "port"),
+                            (*other, "hostPort"),
+                            (*other, "protocol"),
+                        ],
+                    )
+                    break
+            taken[port.protocol, port.host_port].append((port.bind, path))

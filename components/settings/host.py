@@ -1,0 +1,134 @@
+"""Where the commands of a stack run."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from components.settings.model import (
+    AbsolutePath,
+    Account,
+    Model,
+    OperatorPath,
+    Port,
+    Text,
+    camel_case,
+)
+from components.settings.problem import Problem
+
+_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9a-fA-F]*:[0-9a-fA-F:.]+"
+_USER = "[a-z_][a-z0-9_-]{0,31}"
+
+Address = Annotated[
+    str,
+    Text(
+        "a host name or an IP address, without user, port or scheme",
+        "write the bare name or address; user and port are settings of their own",
+        "p510.example.org",
+        _HOST,
+        lambda host: len(host) <= 253 and ".." not in host,
+    ),
+]
+Jump = Annotated[
+    str,
+    Text(
+        "[user@]host[:port]",
+        "name one jump host; for more, use an alias of ~/.ssh/config here",
+        "admin@gate.example.org:22",
+        rf"(?:{_USER}@)?[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{{1,5}})?",
+    ),
+]
+DockerEndpoint = Annotated[
+    str,
+    Text(
+        "unix:///path, ssh://[user@]host[:port] or tcp://host:port",
+        "write the endpoint as `docker context inspect` shows it",
+        "unix:///var/run/docker.sock",
+        rf"unix://(?:/[A-Za-z0-9_@+=,.-]+)+|ssh://(?:{_USER}@)?(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{{1,5}})?"
+        r"|tcp://(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
+    ),
+]
+
+
+def _docker_of(host: dict[str, Any]) -> str:
+    if host.get("connection") != "ssh" or not host.get("address"):
+        return "unix:///var/run/docker.sock"
+    address = host["address"]
+    user = f"{host['user']}@" if host.get("user") else ""
+    return f"ssh://{user}{f'[{address}]' if ':' in address else address}:{host.get('port', 22)}"
+
+
+class Host(Model):
+    """The machine that carries the platform, and how commands reach it."""
+
+    connection: Literal["local", "ssh"] = Field(
+        default="local",
+        description="`local`: Pulumi runs on the host itself. `ssh`: over the OpenSSH client; "
+        "host keys are always checked.",
+    )
+    address: Address | None = Field(
+        default=None,
+        description="Name or IP address of the host, or an alias of ~/.ssh/config (ssh only).",
+    )
+    user: Account | None = Field(
+        default=None,
+        description="Whom to log in as; by default what ~/.ssh/config says (ssh only).",
+    )
+    port: Port = Field(default=22, description="Port of the host's SSH server (ssh only).")
+    jump: Jump | None = Field(
+        default=None, description="Jump host on the way, as `ssh -J` takes it (ssh only)."
+    )
+    known_hosts: OperatorPath | None = Field(
+        default=None,
+        description="File with the host's key, in place of ~/.ssh/known_hosts (ssh only).",
+    )
+    identity_file: OperatorPath | None = Field(
+        default=None, description="Private key to log in with, in place of the agent's (ssh only)."
+    )
+    sudo: bool = Field(
+        default=False,
+        strict=True,
+        description="Run the host's commands as root by `sudo -n`, which must not ask for a "
+        "password.",
+    )
+    docker: DockerEndpoint = Field(
+        default_factory=_docker_of,
+        description="Docker engine of the host as this machine reaches it. Default:"
+        " unix:///var/run/docker.sock; with ssh, ssh://user@address:port.",
+    )
+    hostctl: AbsolutePath = Field(
+        default="/var/lib/homelab/hostctl",
+        description="Where hostctl, the program that runs on the host, is installed.",
+    )
+    secret_files: Literal["host", "here"] = Field(
+        default="host",
+        description="Which machine reads the files of Secrets: the `host` (agenix, sops-nix), or"
+        " the one that runs Pulumi (`here`). A Secret's readOn overrides it.",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong across the fields."""
+        connection = ("host", "connection")
+        if self.connection == "ssh":
+            if self.address is None:
+                yield Problem(
+                    ("host", "address"),
+                    None,
+                    "a host name or an IP address",
+                    "name the host to log in to, or set homelab:host.connection to local and run "
+                    "Pulumi on the host",
+                    "is missing",
+                    [connection],
+                )
+            return
+        for name in ("address", "user", "jump", "known_hosts", "identity_file"):
+            value = getattr(self, name)
+            if value is not None:
+                yield Problem(
+                    ("host", camel_case(name)),
+                    value,
+                    "nothing while homelab:host.connection is local",
+                    "remove it, or set homelab:host.connection to ssh",
+                    "has no effect",
+                    [connection],
+                )

@@ -1,0 +1,347 @@
+"""The settings of a stack as a whole, and the rules between its sections."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+    model_validator,
+)
+
+from components.settings.argocd import ArgoCD
+from components.settings.cluster import Cluster
+from components.settings.host import Host
+from components.settings.model import Model, Name, ObjectName
+from components.settings.problem import Path, Problem, key_path
+from components.settings.secrets import DeclaredSecret, Namespace, Secret
+from components.settings.tailscale import NAMESPACE as TAILSCALE_NAMESPACE
+from components.settings.tailscale import Tailscale
+from components.settings.tunnel import (
+    Cloudflare,
+    ClusterConnector,
+    HostConnector,
+    Route,
+    Tunnel,
+    token_secret_name,
+)
+from components.settings.validation import validated
+
+_BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "kube-system"})
+
+
+def _empty_is_none(section: Any) -> Any:
+    # Pulumi.yaml's default for a section that a stack leaves out.
+    return None if section == {} else section
+
+
+def _name_connectors(tunnels: dict[str, Tunnel]) -> dict[str, Tunnel]:
+    named = dict(tunnels)
+    for name, tunnel in tunnels.items():
+        connector = tunnel.connector
+        if isinstance(connector, HostConnector):
+            update = {
+                "token_file": connector.token_file.replace("<name>", name),
+                "container": connector.container.replace("<name>", name),
+            }
+            named[name] = tunnel.model_copy(
+                update={"connector": connector.model_copy(update=update)}
+            )
+    return named
+
+
+class Settings(Model):
+    """What a host shall be. Every key is `homelab:<key>` in the stack file."""
+
+    host: Host = Field(
+        default=Host(),
+        description="The machine that carries the platform, and how commands reach it.",
+    )
+    cluster: Cluster = Field(description="The Kubernetes cluster.")
+    namespaces: dict[Name, Namespace] = Field(
+        default={},
+        description="Namespaces by name, besides those that Secrets, tunnels and ArgoCD name.",
+    )
+    secrets: dict[Name, dict[ObjectName, Secret]] = Field(
+        default={}, description="Secrets by namespace and name."
+    )
+    argocd: Annotated[ArgoCD | None, BeforeValidator(_empty_is_none)] = Field(
+        default=None, description="ArgoCD's bootstrap; none where left out."
+    )
+    cloudflare: Annotated[Cloudflare | None, BeforeValidator(_empty_is_none)] = Field(
+        default=None, description="The Cloudflare account of the tunnels."
+    )
+    tunnels: Annotated[dict[Name, Tunnel], AfterValidator(_name_connectors)] = Field(
+        default={}, description="Cloudflare tunnels by name."
+    )
+    tailscale: Annotated[Tailscale | None, BeforeValidator(_empty_is_none)] = Field(
+        default=None, description="How the cluster joins the tailnet; not at all where left out."
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_at_once(
+        cls, data: Any, handler: ModelWrapValidatorHandler["Settings"], info: ValidationInfo
+    ) -> "Settings":
+        return validated(cls, data, handler, info.context or {})
+
+    def declared_secrets(self) -> list[DeclaredSecret]:
+        """All Secrets that the cluster shall hold: declared ones, their copies, and Tailscale's."""
+        return [secret for _, secret in self._secrets_by_path()]
+
+    def declared_namespaces(self) -> dict[str, str]:
+        """Owner, `pulumi` or `argocd`, of each namespace that is named; not Kubernetes' own."""
+        named = [secret.namespace for secret in self.declared_secrets()]
+        if self.argocd is not None:
+            named.append(self.argocd.namespace)
+        if self.tailscale is not None:
+            named.append(TAILSCALE_NAMESPACE)
+        for tunnel in self.tunnels.values():
+            if isinstance(tunnel.connector, ClusterConnector):
+                named.append(tunnel.connector.namespace)
+        owners = dict.fromkeys(named, "pulumi") | {
+            name: namespace.owner for name, namespace in self.namespaces.items()
+        }
+        return {name: owners[name] for name in sorted(owners) if name not in _BUILT_IN_NAMESPACES}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and likely not meant, a sentence each."""
+        found: list[str] = []
+        if self.cloudflare is None:
+            return found
+        if set(self.cloudflare.account_id) == {"0"} or any(
+            set(zone) == {"0"} for zone in self.cloudflare.zones.values()
+        ):
+            found.append(
+                "homelab:cloudflare still holds the example's ids (all zeros): replace accountId "
+                "and zones"
+                " before a real up."
+            )
+        for name, tunnel in self.tunnels.items():
+            for index, route in enumerate(tunnel.routes):
+                zone = self.cloudflare.zone(route.hostname)
+                if zone and "." in route.hostname.removesuffix(f".{zone[0]}") != zone[0]:
+                    found.append(
+                        f"{key_path(('tunnels', name, 'routes', index, 'hostname'))}: "
+                        f"{route.hostname} lies two labels"
+                        f" under {zone[0]}, and Cloudflare's free certificate covers one: use a "
+                        f"single label, or order an"
+                        " advanced certificate."
+                    )
+        return found
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong across the settings; each field on its own is right."""
+        yield from self.host.problems()
+        yield from self.cluster.problems()
+        for namespace, secrets in self.secrets.items():
+            for name, secret in secrets.items():
+                yield from secret.problems(("secrets", namespace, name))
+        if self.tailscale is not None:
+            yield from self.tailscale.problems()
+        for name, tunnel in self.tunnels.items():
+            yield from tunnel.problems(name)
+        yield from self._reachability_problems()
+        yield from self._namespace_problems()
+        yield from self._secret_problems()
+        yield from self._connector_problems()
+        yield from self._hostname_problems()
+        yield from self._access_problems()
+        yield from self._route_namespace_problems()
+
+    def _secrets_by_path(self) -> Iterator[tuple[Path, DeclaredSecret]]:
+        for namespace, secrets in self.secrets.items():
+            for name, secret in secrets.items():
+                path: Path = ("secrets", namespace, name)
+                yield path, DeclaredSecret(namespace, name, secret)
+                for index, copy in enumerate(secret.copies):
+                    yield (
+                        (*path, "copies", index),
+                        DeclaredSecret(copy.namespace, copy.name, secret, (namespace, name)),
+                    )
+        if self.tailscale is not None:
+            for index, declared in enumerate(self.tailscale.declared_secrets()):
+                path = ("tailscale", "copies", index - 1) if index else ("tailscale", "authKey")
+                yield path, declared
+
+    def _reachability_problems(self) -> Iterator[Problem]:
+        api = self.cluster.api
+        server = api.server_name or api.bind
+        if self.host.connection != "ssh" or not (_is_loopback(server) or _is_loopback(api.bind)):
+            return
+        at_fault = "bind" if _is_loopback(api.bind) else "serverName"
+        yield Problem(
+            ("cluster", "api", at_fault),
+            api.bind if at_fault == "bind" else server,
+            "with homelab:host.connection ssh, an address that this machine can reach",
+            "run the stack on the host itself (homelab:host.connection: local), or bind the API "
+            "to a reachable address of the"
+            " host and name it in homelab:cluster.api.serverName",
+            involves=[
+                ("host", "connection"),
+                ("cluster", "api", "serverName"),
+                ("cluster", "api", "bind"),
+            ],
+        )
+
+    def _namespace_problems(self) -> Iterator[Problem]:
+        for name, namespace in self.namespaces.items():
+            if name in _BUILT_IN_NAMESPACES and namespace.owner == "pulumi":
+                yield Problem(
+                    ("namespaces", name),
+                    None,
+                    "namespaces that Kubernetes does not make itself",
+                    "remove it: it always exists and can be used without being declared",
+                    "is Kubernetes' own",
+                )
+
+    def _secret_problems(self) -> Iterator[Problem]:
+        owners: dict[tuple[str, str], Path] = {}
+        for name, tunnel in self.tunnels.items():
+            if isinstance(tunnel.connector, ClusterConnector):
+                owners[tunnel.connector.namespace, token_secret_name(name)] = ("tunnels", name)
+        for path, declared in self._secrets_by_path():
+            key = declared.namespace, declared.name
+            if key in owners:
+                yield Problem(
+                    path,
+                    None,
+                    "each Secret once",
+                    "remove one of the two declarations",
+                    f"declares Secret {declared.namespace}/{declared.name} a second time, after "
+                    f"{key_path(owners[key])}",
+                    [owners[key], (*owners[key], "connector", "namespace")],
+                )
+            else:
+                owners[key] = path
+
+    def _connector_problems(self) -> Iterator[Problem]:
+        if self.tunnels and self.cloudflare is None:
+            yield Problem(
+                ("cloudflare",),
+                None,
+                "accountId, apiToken and zones wherever tunnels are declared",
+                "add homelab:cloudflare, or remove homelab:tunnels",
+                "is missing",
+                [("cloudflare",)],
+            )
+        owners: dict[tuple[str, ...], Path] = {}
+        for name, tunnel in self.tunnels.items():
+            connector = tunnel.connector
+            path: Path = ("tunnels", name, "connector")
+            claims: list[tuple[Path, str, str]] = []
+            if isinstance(connector, HostConnector):
+                claims = [
+                    ((*path, "container"), "container", connector.container),
+                    ((*path, "tokenFile"), "token file", connector.token_file),
+                ]
+            if tunnel.adopt is not None:
+                claims.append((("tunnels", name, "adopt", "id"), "tunnel", tunnel.adopt.id))
+            for claim_path, kind, value in claims:
+                first = owners.setdefault((kind, value), claim_path)
+                if first != claim_path:
+                    yield Problem(
+                        claim_path,
+                        value,
+                        f"a {kind} of the tunnel's own",
+                        "choose another one for one of the two tunnels",
+                        f"is used twice: {key_path(first)} has it too",
+                        [first],
+                    )
+
+    def _hostname_problems(self) -> Iterator[Problem]:
+        seen: dict[str, dict[str | None, tuple[str, Path]]] = defaultdict(dict)
+        for name, tunnel in self.tunnels.items():
+            for index, route in enumerate(tunnel.routes):
+                path: Path = ("tunnels", name, "routes", index)
+                hostname: Path = (*path, "hostname")
+                if self.cloudflare is not None and self.cloudflare.zone(route.hostname) is None:
+                    zones = sorted(self.cloudflare.zones)
+                    yield Problem(
+                        hostname,
+                        route.hostname,
+                        f"a host name in one of the zones {', '.join(zones[:5])}"
+                        if zones
+                        else "a host name in a declared zone",
+                        "correct the host name, or add its zone to homelab:cloudflare.zones",
+                        "lies outside every zone",
+                        [("cloudflare", "zones")],
+                    )
+                others = seen[route.hostname]
+                clash = others.get(route.path) or others.get(None)
+                first = next(iter(others.values()), None)
+                if first is not None and first[0] != name:
+                    yield Problem(
+                        hostname,
+                        route.hostname,
+                        "each host name in one tunnel: its DNS record can point to only one",
+                        "keep the host name in one of the two tunnels",
+                        f"is used twice: {key_path(first[1])} has it too",
+                        [(*first[1], "hostname")],
+                    )
+                elif clash is not None:
+                    yield Problem(
+                        hostname,
+                        route.hostname,
+                        "each host name once, or with different paths, the one without a path last",
+                        "remove one of the two routes, or give the earlier one a path",
+                        f"is used twice: {key_path(clash[1])} already takes these requests",
+                        [(*clash[1], "hostname"), (*clash[1], "path"), (*path, "path")],
+                    )
+                others.setdefault(route.path, (name, path))
+
+    def _access_problems(self) -> Iterator[Problem]:
+        for name, tunnel in self.tunnels.items():
+            gates: dict[str, tuple[Path, Route]] = {}
+            for index, route in enumerate(tunnel.routes):
+                path: Path = ("tunnels", name, "routes", index)
+                first, other = gates.setdefault(route.hostname, (path, route))
+                if other.access != route.access:
+                    yield Problem(
+                        (*path, "access"),
+                        None,
+                        "one access for all routes of a host name: a login guards it as a whole",
+                        "give them the same access, or move one to a host name of its own",
+                        f"differs from {key_path((*first, 'access'))}",
+                        [(*first, "access"), (*first, "hostname"), (*path, "hostname")],
+                    )
+
+    def _route_namespace_problems(self) -> Iterator[Problem]:
+        for path, namespace in undeclared_route_namespaces(self):
+            yield Problem(
+                path,
+                self.tunnels[str(path[1])].routes[int(path[3])].service,
+                "a Service in a namespace that is declared",
+                f"correct the namespace {namespace}, or declare it: "
+                f"homelab:namespaces.{namespace} (owner argocd if ArgoCD makes it)",
+                "names a namespace that is not declared",
+                [("namespaces", namespace), ("secrets", namespace), ("argocd", "namespace")],
+            )
+
+
+def undeclared_route_namespaces(settings: Settings) -> list[tuple[Path, str]]:
+    """Routes into namespaces that the settings do not name: path of `service`, and namespace."""
+    known: Mapping[str, str] = settings.declared_namespaces()
+    return [
+        (("tunnels", name, "routes", index, "service"), route.namespace)
+        for name, tunnel in settings.tunnels.items()
+        for index, route in enumerate(tunnel.routes)
+        if route.namespace is not None
+        and route.namespace not in known
+        and route.namespace not in _BUILT_IN_NAMESPACES
+    ]
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False

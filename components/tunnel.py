@@ -1,0 +1,542 @@
+"""Cloudflare tunnels: public hostnames for services of the cluster and of the host.
+
+The only module that imports pulumi_cloudflare, which costs seconds: a stack without tunnels must
+not import it.
+
+Taking over a tunnel that exists: ``adopt.id`` imports it instead of making one, so its id stays,
+and with it every record that points to it. Pulumi's import demands that the inputs agree with the
+live tunnel: the key under ``homelab:tunnels`` is the tunnel's name, ``adopt.configSrc`` what
+Cloudflare says today. Cloudflare never tells the secret, so it is left alone while ``adopt`` is
+there; ``secret`` must then be the ``TunnelSecret`` of the credentials file in use, since our
+connector's token is made from it. After that up ``adopt`` can go; the tunnel's secret then becomes
+the declared one, in place. Records and Access applications that exist are brought in by `pulumi
+import` first: creating them fails.
+
+With ``management: local`` the tunnel stays as it is: its ingress rules remain in the connector's
+own file, and only records and Access are made here. With ``remote`` the declared routes are put at
+Cloudflare, where connectors that run by a token read them; a local tunnel that is adopted is
+thereby migrated and keeps its id.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pulumi
+import pulumi_cloudflare as cloudflare
+import pulumi_docker as docker
+import pulumi_kubernetes as kubernetes
+
+import homelab
+from components import settings
+from components.cluster import Cluster
+from components.host import Connection
+
+# User `nonroot` of cloudflared's image. A number, since runAsNonRoot cannot judge a name.
+_USER = 65532
+
+# cloudflared gives requests that are under way 30 s when it is told to stop.
+_STOP_SECONDS = 45
+
+_TOKEN_FILE = "/etc/cloudflared/token"
+
+
+def cloudflare_provider(account: settings.Cloudflare) -> cloudflare.Provider:
+    """The one Cloudflare provider of a stack.
+
+    Its API token needs the permissions Account / Cloudflare Tunnel Edit, Account / Access: Apps and
+    Policies Edit, and Zone / DNS Edit.
+    """
+    return cloudflare.Provider(
+        "cloudflare", api_token=pulumi.Output.secret(account.api_token.get_secret_value())
+    )
+
+
+def deployment_name(tunnel: str) -> str:
+    """The Deployment of an in-cluster connector.
+
+    The incumbent's is called `cloudflared` and belongs to ArgoCD; with another name both can run
+    while one hands over to the other.
+    """
+    return f"cloudflared-{tunnel}"
+
+
+def refuse_two_owners(
+    tunnels: Mapping[str, settings.Tunnel], kubeconfig: str, connection: Connection
+) -> None:
+    """Refuses an in-cluster connector beside one that ArgoCD owns (design rule 5).
+
+    Looks at the Deployment that the connector would have, and at the incumbent's `cloudflared`.
+    ``kubeconfig`` is its path on the host; the cluster runs.
+    """
+    for name, tunnel in tunnels.items():
+        connector = tunnel.connector
+        if connector.kind != "cluster":
+            continue
+        for deployment in ("cloudflared", deployment_name(name)):
+            owner = connection.read(
+                ["cluster", "owner"],
+                {
+                    "kubeconfig": kubeconfig,
+                    "namespace": connector.namespace,
+                    "kind": "Deployment",
+                    "name": deployment,
+                },
+            )
+            if owner["argocd"]:
+                raise pulumi.RunError(
+                    f"homelab:tunnels.{name}.connector: kind cluster, but Deployment"
+                    f" {connector.namespace}/{deployment} belongs to ArgoCD application"
+                    f" {owner['argocd']}.\n  Remedy: hand it over (annotate it"
+                    " argocd.argoproj.io/sync-options: Prune=false, take it out of the GitOps"
+                    " repository, sync, remove its argocd.argoproj.io/tracking-id annotation and"
+                    " app.kubernetes.io/instance label, and delete it after up), or leave it to"
+                    " ArgoCD with connector.kind: external."
+                )
+
+
+def connector_token(
+    account_id: pulumi.Input[str], tunnel_id: pulumi.Input[str], secret: pulumi.Input[str]
+) -> pulumi.Output[str]:
+    """The token that a connector runs with: base64 of {"a": account, "t": tunnel id, "s": secret}.
+
+    That is what cloudflared's `connection.TunnelToken` decodes (connection/connection.go).
+    Derived, never fetched: an invoke would show the old token in the very preview that rotates the
+    secret.
+    """
+    credentials = pulumi.Output.json_dumps({"a": account_id, "t": tunnel_id, "s": secret})
+    return pulumi.Output.secret(credentials.apply(_base64))
+
+
+@dataclass(frozen=True)
+class CloudflareTunnelArgs:
+    account: settings.Cloudflare
+    settings: settings.Tunnel
+    cloudflare: cloudflare.Provider
+    docker: docker.Provider
+    """Runs a connector of kind host."""
+    cluster: Cluster
+    """Runs a connector of kind cluster, on whose host one of kind host runs."""
+    after: Sequence[pulumi.Resource] = ()
+    """What an in-cluster connector needs first: its namespace."""
+
+
+class CloudflareTunnel(pulumi.ComponentResource):
+    """A tunnel with its routes and its connector.
+
+    A route is one ingress rule and, shared by the routes of a hostname, one proxied CNAME and where
+    declared one Access application with its policy; the record waits for the application, so that
+    nothing is public before its gate is there. Children are named by hostname: adding or removing a
+    route touches no other route's record.
+
+    The tunnel is protected. To delete it: `pulumi state unprotect`, then remove it from the
+    settings.
+    """
+
+    id: pulumi.Output[str]
+    """UUID of the tunnel."""
+    name: pulumi.Output[str]
+    connector: pulumi.Output[str]
+    """Who runs the tunnel: cluster, host or external."""
+    cname: pulumi.Output[str]
+    """What the records of all its hostnames point to."""
+    urls: pulumi.Output[dict[str, str]]
+    """URL by hostname."""
+    public: pulumi.Output[list[str]]
+    """Hostnames without an Access application: anyone on the internet reaches them."""
+    output: pulumi.Output[homelab.Tunnel]
+    """As consumers of the stack read it."""
+
+    def __init__(
+        self, name: str, args: CloudflareTunnelArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("homelab:index:CloudflareTunnel", name, None, opts)
+        self._args = args
+        self._options = pulumi.ResourceOptions(parent=self, provider=args.cloudflare)
+        tunnel, account = args.settings, args.account
+        access_by_hostname = _access_by_hostname(name, tunnel.routes)
+        secret = pulumi.Output.secret(tunnel.secret.get_secret_value())
+
+        self._tunnel = self._register_tunnel(secret)
+        self.cname = pulumi.Output.format("{0}.cfargotunnel.com", self._tunnel.id)
+        if tunnel.management == "remote":
+            cloudflare.ZeroTrustTunnelCloudflaredConfig(
+                name,
+                account_id=account.account_id,
+                tunnel_id=self._tunnel.id,
+                # The API takes the whole list at once, in order; the first rule that matches wins.
+                config={
+                    "ingresses": [
+                        *map(_ingress, tunnel.routes),
+                        {"service": "http_status:404"},
+                    ]
+                },
+                opts=self._options,
+            )
+        for hostname, access in access_by_hostname.items():
+            self._publish(hostname, access)
+
+        token = connector_token(account.account_id, self._tunnel.id, secret)
+        connector = tunnel.connector
+        if connector.kind == "cluster":
+            self._connect_from_cluster(connector, token)
+        elif connector.kind == "host":
+            self._connect_from_host(connector, token)
+
+        self.id = self._tunnel.id
+        self.name = self._tunnel.name
+        self.connector = pulumi.Output.from_input(connector.kind)
+        self.urls = pulumi.Output.from_input(
+            {hostname: f"https://{hostname}" for hostname in access_by_hostname}
+        )
+        self.public = pulumi.Output.from_input(
+            [hostname for hostname, access in access_by_hostname.items() if not access]
+        )
+        self.output = pulumi.Output.from_input(
+            {
+                "id": self.id,
+                "name": self.name,
+                "connector": self.connector,
+                "public": self.public,
+            }
+        )
+        self.register_outputs(
+            {
+                "id": self.id,
+                "name": self.name,
+                "connector": self.connector,
+                "cname": self.cname,
+                "urls": self.urls,
+                "public": self.public,
+            }
+        )
+
+    def _register_tunnel(self, secret: pulumi.Output[str]) -> cloudflare.ZeroTrustTunnelCloudflared:
+        tunnel, account = self._args.settings, self._args.account
+        adopt = tunnel.adopt
+        made_as = "cloudflare" if tunnel.management == "remote" else "local"
+        return cloudflare.ZeroTrustTunnelCloudflared(
+            self._name,
+            account_id=account.account_id,
+            name=self._name,
+            config_src=adopt.config_src if adopt else made_as,
+            tunnel_secret=secret,
+            opts=pulumi.ResourceOptions.merge(
+                self._options,
+                pulumi.ResourceOptions(
+                    protect=True,
+                    import_=f"{account.account_id}/{adopt.id}" if adopt else None,
+                    # configSrc: a change replaces the tunnel, and every connector and record with
+                    # it; putting a configuration moves it to remote management without.
+                    # tunnelSecret: Cloudflare never tells it, so an import with it fails.
+                    ignore_changes=["configSrc", "tunnelSecret"] if adopt else ["configSrc"],
+                ),
+            ),
+        )
+
+    def _publish(self, hostname: str, access: settings.Access | None) -> None:
+        gate = [self._gate(hostname, access)] if access else []
+        zone = self._args.account.zone(hostname)
+        if zone is None:
+            raise pulumi.RunError(f"{hostname} lies in no zone of homelab:cloudflare.zones")
+        cloudflare.DnsRecord(
+            hostname,
+            zone_id=zone[1],
+            name=hostname,
+            type="CNAME",
+            content=self.cname,
+            proxied=True,
+            ttl=1,  # "automatic", the only value that a proxied record takes
+            opts=pulumi.ResourceOptions.merge(
+                self._options, pulumi.ResourceOptions(depends_on=gate)
+            ),
+        )
+
+    def _gate(
+        self, hostname: str, access: settings.Access
+    ) -> cloudflare.ZeroTrustAccessApplication:
+        account_id = self._args.account.account_id
+        policy = cloudflare.ZeroTrustAccessPolicy(
+            hostname,
+            account_id=account_id,
+            name=hostname,
+            decision=access.decision,
+            includes=[
+                *({"email": {"email": email}} for email in access.emails),
+                *({"email_domain": {"domain": domain}} for domain in access.email_domains),
+            ],
+            session_duration=access.session_duration,
+            opts=self._options,
+        )
+        return cloudflare.ZeroTrustAccessApplication(
+            hostname,
+            account_id=account_id,
+            name=hostname,
+            type="self_hosted",
+            destinations=[{"type": "public", "uri": hostname}],
+            policies=[{"id": policy.id, "precedence": 1}],
+            session_duration=access.session_duration,
+            opts=self._options,
+        )
+
+    def _connect_from_cluster(
+        self, connector: settings.ClusterConnector, token: pulumi.Output[str]
+    ) -> None:
+        """A Deployment without a NetworkPolicy: the services of its routes may be in any namespace
+        and outside the cluster.
+        """
+        args = self._args
+        name, namespace = deployment_name(self._name), connector.namespace
+        secret_name = settings.token_secret_name(self._name)
+        # Not app.kubernetes.io/instance, by which ArgoCD tells what belongs to an application.
+        selector = {"app.kubernetes.io/name": name}
+        labels = {**selector, "app.kubernetes.io/managed-by": "pulumi"}
+        options = pulumi.ResourceOptions(
+            parent=self,
+            provider=args.cluster.provider,
+            deleted_with=args.cluster.identity,
+            depends_on=list(args.after),
+        )
+        # Cloudflare refuses to delete a tunnel with live connectors, and a destroy skips the
+        # Deployment, which goes with the cluster. So the tunnel waits for this: it comes before the
+        # tunnel and after the Deployment is gone or skipped.
+        stop = args.cluster.host.command(
+            f"stop {namespace}/{name}",
+            ["connector", "status"],
+            {"kubeconfig": args.cluster.kubeconfig, "namespace": namespace, "deployment": name},
+            delete=["connector", "stop"],
+            opts=pulumi.ResourceOptions(
+                parent=self, depends_on=[self._tunnel, args.cluster.identity]
+            ),
+        )
+        secret = kubernetes.core.v1.Secret(
+            f"{namespace}/{secret_name}",
+            metadata={"name": secret_name, "namespace": namespace, "labels": labels},
+            data={"token": token.apply(_base64)},
+            opts=options,
+        )
+        kubernetes.apps.v1.Deployment(
+            f"{namespace}/{name}",
+            metadata={"name": name, "namespace": namespace, "labels": labels},
+            spec={
+                "replicas": connector.replicas,
+                "selector": {"match_labels": selector},
+                "template": {
+                    "metadata": {
+                        "labels": labels,
+                        # cloudflared reads its token once, so a new one must roll the pods.
+                        "annotations": {"checksum/token": _digest(token)},
+                    },
+                    "spec": {
+                        "automount_service_account_token": False,
+                        "enable_service_links": False,
+                        "termination_grace_period_seconds": _STOP_SECONDS,
+                        "security_context": {
+                            "run_as_non_root": True,
+                            "run_as_user": _USER,
+                            "run_as_group": _USER,
+                            "fs_group": _USER,
+                            "seccomp_profile": {"type": "RuntimeDefault"},
+                        },
+                        "topology_spread_constraints": [
+                            {
+                                "max_skew": 1,
+                                "topology_key": "kubernetes.io/hostname",
+                                "when_unsatisfiable": "ScheduleAnyway",
+                                "label_selector": {"match_labels": selector},
+                            }
+                        ],
+                        "containers": [
+                            {
+                                "name": "cloudflared",
+                                "image": connector.image,
+                                "args": _arguments(f"0.0.0.0:{connector.metrics_port}"),
+                                "ports": [
+                                    {"name": "metrics", "container_port": connector.metrics_port}
+                                ],
+                                # Ready while at least one connection to Cloudflare stands. A minute
+                                # without any restarts it, not the first failure: an outage of the
+                                # line must not end in a restart back-off.
+                                "readiness_probe": {
+                                    "http_get": {"path": "/ready", "port": "metrics"},
+                                    "period_seconds": 10,
+                                },
+                                "liveness_probe": {
+                                    "http_get": {"path": "/ready", "port": "metrics"},
+                                    "initial_delay_seconds": 10,
+                                    "period_seconds": 10,
+                                    "failure_threshold": 6,
+                                },
+                                "resources": {
+                                    "requests": {"cpu": "10m", "memory": "64Mi"},
+                                    "limits": {"memory": "256Mi"},
+                                },
+                                "security_context": {
+                                    "allow_privilege_escalation": False,
+                                    "read_only_root_filesystem": True,
+                                    "capabilities": {"drop": ["ALL"]},
+                                },
+                                "volume_mounts": [
+                                    {
+                                        "name": "token",
+                                        "mount_path": _TOKEN_FILE.rpartition("/")[0],
+                                        "read_only": True,
+                                    }
+                                ],
+                            }
+                        ],
+                        "volumes": [
+                            {
+                                "name": "token",
+                                "secret": {"secret_name": secret_name, "default_mode": 0o440},
+                            }
+                        ],
+                    },
+                },
+            },
+            opts=pulumi.ResourceOptions.merge(
+                options, pulumi.ResourceOptions(depends_on=[secret, stop])
+            ),
+        )
+        kubernetes.core.v1.Service(
+            f"{namespace}/{name}-metrics",
+            metadata={
+                "name": f"{name}-metrics",
+                "namespace": namespace,
+                "labels": labels,
+                # A Service waits for ready pods otherwise; the Deployment waits for them already.
+                "annotations": {"pulumi.com/skipAwait": "true"},
+            },
+            spec={
+                "selector": selector,
+                "ports": [{"name": "metrics", "port": connector.metrics_port}],
+            },
+            opts=options,
+        )
+        if connector.replicas > 1:
+            kubernetes.policy.v1.PodDisruptionBudget(
+                f"{namespace}/{name}",
+                metadata={"name": name, "namespace": namespace, "labels": labels},
+                spec={"max_unavailable": 1, "selector": {"match_labels": selector}},
+                opts=options,
+            )
+
+    def _connect_from_host(
+        self, connector: settings.HostConnector, token: pulumi.Output[str]
+    ) -> None:
+        """A container in the host's network, where the routes' http://localhost:port are.
+
+        A new token updates the file, and hostctl restarts the container, which mounts the file
+        anew: no replacement. The mount is of the file alone, since its directory holds the tokens
+        of other tunnels.
+        """
+        args = self._args
+        file = args.cluster.host.command(
+            f"token {connector.container}",
+            ["files", "write"],
+            {
+                "path": connector.token_file,
+                "content": token,
+                "mode": "0600",
+                "owner": str(_USER),
+                "group": str(_USER),
+                "restart_container": connector.container,
+            },
+            secret=True,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        options = pulumi.ResourceOptions(parent=self, provider=args.docker)
+        image = docker.RemoteImage(
+            connector.container, name=connector.image, keep_locally=True, opts=options
+        )
+        docker.Container(
+            connector.container,
+            name=connector.container,
+            image=connector.image,
+            # Loopback and any free port: the image's own default is every address of the host.
+            command=_arguments("127.0.0.1:0"),
+            user=f"{_USER}:{_USER}",
+            network_mode="host",
+            # A bind mount, not a volume: Docker would make a directory where the file is missing.
+            mounts=[
+                {
+                    "type": "bind",
+                    "source": connector.token_file,
+                    "target": _TOKEN_FILE,
+                    "read_only": True,
+                }
+            ],
+            read_only=True,
+            capabilities={"drops": ["ALL"]},
+            security_opts=["no-new-privileges:true"],
+            log_driver="json-file",
+            log_opts={"max-size": "10m", "max-file": "3"},
+            restart="unless-stopped",
+            must_run=True,
+            destroy_grace_seconds=_STOP_SECONDS,
+            opts=pulumi.ResourceOptions.merge(
+                options,
+                pulumi.ResourceOptions(depends_on=[image, file], delete_before_replace=True),
+            ),
+        )
+
+
+def _arguments(metrics: str) -> list[str]:
+    """cloudflared with its token from a file, which neither `ps` nor an inspect of the container
+    shows. Needs cloudflared 2025.4.0.
+    """
+    return ["tunnel", "--no-autoupdate", "--metrics", metrics, "run", "--token-file", _TOKEN_FILE]
+
+
+def _digest(token: pulumi.Output[str]) -> pulumi.Output[str]:
+    """Tells one token from another.
+
+    Not secret, so that a preview shows why pods roll: 64 bits of a hash over 32 random bytes lead
+    back to nothing.
+    """
+    return pulumi.Output.unsecret(token).apply(
+        lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
+    )
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _access_by_hostname(
+    tunnel: str, routes: Sequence[settings.Route]
+) -> dict[str, settings.Access | None]:
+    """Who may open each hostname.
+
+    A route's path is a regular expression that need not match at the start, an Access application
+    knows prefixes. So a gate is before the whole hostname, and routes that share it must agree on
+    it: anything less leaves a way around.
+    """
+    found: dict[str, settings.Access | None] = {}
+    for route in routes:
+        if found.setdefault(route.hostname, route.access) != route.access:
+            raise pulumi.RunError(
+                f"homelab:tunnels.{tunnel}.routes: the routes of {route.hostname} differ in access,"
+                " which holds for a whole hostname.\n"
+                "  Remedy: give all of them the same access, or move one to a hostname of its own."
+            )
+    return found
+
+
+def _ingress(
+    route: settings.Route,
+) -> cloudflare.ZeroTrustTunnelCloudflaredConfigConfigIngressArgs:
+    return cloudflare.ZeroTrustTunnelCloudflaredConfigConfigIngressArgs(
+        hostname=route.hostname,
+        path=route.path,
+        service=route.service,
+        origin_request=(
+            cloudflare.ZeroTrustTunnelCloudflaredConfigConfigIngressOriginRequestArgs(
+                **route.origin.arguments()
+            )
+            if route.origin
+            else None
+        ),
+    )

@@ -1,0 +1,123 @@
+"""The outputs of a homelab stack: a versioned contract, and the typed way for another Pulumi project to read it.
+
+    from homelab import Platform
+
+    p510 = Platform("organization/homelab/p510")   # `organization` is the literal word on a file backend
+    pulumi.export("argocd", p510.urls["argocd.example.org"])
+
+A stack exports each field of :class:`Platform` under its name in camelCase. Within one contract version fields are only added.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import pulumi
+
+CONTRACT_VERSION = 1
+
+
+class Cluster(TypedDict):
+    """`cluster`: the Kubernetes cluster. ``identity`` changes exactly when it is another cluster."""
+
+    name: str
+    identity: str
+    endpoint: str
+    context: str
+    kubeconfigPath: str
+    storageClass: str
+    k3sVersion: str
+
+
+class ArgoCD(TypedDict):
+    """`argocd`: what ArgoCD was bootstrapped from; ``commit`` is None while nothing was applied yet."""
+
+    repository: str
+    ref: str
+    commit: str | None
+    url: str | None
+
+
+class Tunnel(TypedDict):
+    """An entry of `tunnels`, by tunnel name; ``connector`` is cluster, host or external.
+
+    ``public`` lists the hostnames without an Access application: anyone on the internet reaches them.
+    """
+
+    id: str
+    name: str
+    connector: str
+    public: list[str]
+
+
+class Platform:
+    """A homelab stack as its consumers see it.
+
+    Every attribute is an Output. A stack that does not exist, has not been brought up, or speaks another contract version fails the
+    consumer's preview by name; no missing output ever reads as an empty value.
+    """
+
+    def __init__(self, stack: str, opts: pulumi.ResourceOptions | None = None) -> None:
+        self._stack = stack
+        self._reference = pulumi.StackReference(stack, opts=opts)
+        self._version = self._reference.require_output("version").apply(self._checked_version)
+
+    @property
+    def cluster(self) -> pulumi.Output[Cluster]:
+        return self._read("cluster")
+
+    @property
+    def kubeconfig(self) -> pulumi.Output[str]:
+        """YAML text; secret. Reachable where the stack's API address is: on the host itself for a loopback one."""
+        return pulumi.Output.secret(self._read("kubeconfig"))
+
+    @property
+    def namespaces(self) -> pulumi.Output[list[str]]:
+        return self._read("namespaces")
+
+    @property
+    def argocd(self) -> pulumi.Output[ArgoCD | None]:
+        """None for a stack without ArgoCD."""
+        return pulumi.Output.all(self._version, self._reference.get_output("argocd")).apply(
+            lambda both: both[1]
+        )
+
+    @property
+    def tunnels(self) -> pulumi.Output[Mapping[str, Tunnel]]:
+        return self._read("tunnels")
+
+    @property
+    def urls(self) -> pulumi.Output[Mapping[str, str]]:
+        """URL of each route by its hostname."""
+        return self._read("urls")
+
+    def _read(self, name: str) -> pulumi.Output[Any]:
+        return pulumi.Output.all(self._version, self._reference.require_output(name)).apply(
+            lambda both: both[1]
+        )
+
+    def _checked_version(self, version: float) -> int:
+        if int(version) != CONTRACT_VERSION:
+            raise pulumi.RunError(
+                f"stack {self._stack} exports outputs of contract version {version:g}; this program reads version"
+                f" {CONTRACT_VERSION}. Remedy: bring both to the same release of homelab."
+            )
+        return int(version)
+
+
+def export(
+    *,
+    cluster: pulumi.Input[Cluster],
+    kubeconfig: pulumi.Input[str],
+    namespaces: pulumi.Input[list[str]],
+    argocd: pulumi.Input[ArgoCD] | None,
+    tunnels: Mapping[str, pulumi.Input[Tunnel]],
+    urls: pulumi.Input[Mapping[str, str]],
+) -> None:
+    """Exports a stack's outputs under the names that :class:`Platform` reads."""
+    pulumi.export("version", CONTRACT_VERSION)
+    pulumi.export("cluster", cluster)
+    pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
+    pulumi.export("namespaces", namespaces)
+    pulumi.export("argocd", argocd)
+    pulumi.export("tunnels", tunnels)
+    pulumi.export("urls", urls)

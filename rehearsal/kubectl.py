@@ -1,0 +1,206 @@
+"""kubectl as hostctl uses it, on the make-believe API server of the kubernetes stand-in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hostctl.hostctl import Ran
+from rehearsal.core import World
+from rehearsal.providers.kubernetes import ApiError, ApiServer, cluster_id
+
+Object = dict[str, Any]
+
+_LAST_APPLIED = "f:kubectl.kubernetes.io/last-applied-configuration"
+
+
+class Kubectl:
+    """A kubectl whose kubeconfig points at the cluster with this CA (base64).
+
+    world: the rehearsal's `world`. now: the host's time, in seconds.
+    """
+
+    def __init__(self, world: Path, authority: str, now: float) -> None:
+        self.cluster = cluster_id(authority)
+        self.api = ApiServer(World(world / "kubernetes"), self.cluster)
+        self.now = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def run(self, words: list[str], input: bytes) -> Ran:
+        options = [word for word in words if word.startswith("-")]
+        operands = [word for word in words if not word.startswith("-")]
+        flags = {}
+        for word in options:
+            flag, _, value = word.partition("=")
+            flags[flag] = value
+        try:
+            match operands:
+                case ["get"] if flags == {"--raw": "/readyz"}:
+                    return Ran(0, b"ok", b"")
+                case ["get", "namespaces"] if flags == {"--output": "name"}:
+                    return self._lines(
+                        f"namespace/{one['metadata']['name']}"
+                        for one in self._objects("_cluster", "namespaces")
+                    )
+                case ["get", what] if flags.keys() <= _GET and flags.get("--output") == "json":
+                    return self._get(what, flags)
+                case ["create"] if flags == _CREATE:
+                    return self._create(json.loads(input))
+                case ["scale", what] if flags.keys() == {"--namespace", "--replicas"}:
+                    return self._scale(what, flags["--namespace"], int(flags["--replicas"]))
+                case ["rollout", "restart", what] if flags.keys() == {"--namespace"}:
+                    return self._restart(what, flags["--namespace"])
+                case ["apply"] if flags.keys() == {*_APPLY, "--kustomize"}:
+                    if {k: v for k, v in flags.items() if k != "--kustomize"} == _APPLY:
+                        return self._apply(flags["--kustomize"])
+                case ["wait", "customresourcedefinitions"] if "--for" in flags:
+                    return Ran(0, b"", b"")
+        except ApiError as error:
+            reason = "" if error.reason == "NoMatch" else f" from server ({error.reason})"
+            return Ran(1, b"", f"Error{reason}: {error}\n".encode())
+        shown = " ".join(operands[:2])
+        return Ran(
+            2, b"", f"rehearsal: kubectl {shown}: not modelled with {sorted(flags)}\n".encode()
+        )
+
+    @staticmethod
+    def _lines(lines: Iterator[str]) -> Ran:
+        return Ran(0, "".join(f"{line}\n" for line in lines).encode(), b"")
+
+    def _objects(self, namespace: str, resource: str) -> Iterator[Object]:
+        """The objects of a kind, which is named as kubectl lets one: singular, plural, with group."""
+        word, _, group = resource.lower().partition(".")
+        for key, obj in self.api.world.list(f"{self.cluster}/{namespace}"):
+            kind, _, of = key.split("/")[2].lower().partition(".")
+            plural = kind[:-1] + "ies" if kind.endswith("y") else kind + "s"
+            if word in (kind, plural) and group in ("", of):
+                yield obj
+
+    def _one(self, what: str, namespace: str | None) -> Object:
+        resource, _, name = what.partition("/")
+        for obj in self._objects(namespace or "_cluster", resource):
+            if obj["metadata"]["name"] == name:
+                return obj
+        raise ApiError("NotFound", f'{resource} "{name}" not found')
+
+    def _get(self, what: str, flags: Object) -> Ran:
+        namespace = flags.get("--namespace")
+        if "/" in what:
+            try:
+                return Ran(0, json.dumps(self._one(what, namespace)).encode(), b"")
+            except ApiError:
+                if "--ignore-not-found" in flags:
+                    return Ran(0, b"", b"")
+                raise
+        items = [obj for word in what.split(",") for obj in self._objects(namespace or "", word)]
+        return Ran(0, json.dumps({"kind": "List", "items": items}).encode(), b"")
+
+    def _create(self, obj: Object) -> Ran:
+        self.api.create(obj, _CREATE["--field-manager"])
+        return self._lines(iter([f"{obj['kind'].lower()}/{obj['metadata']['name']}"]))
+
+    def _scale(self, what: str, namespace: str, replicas: int) -> Ran:
+        obj = self._one(what, namespace)
+        obj["spec"]["replicas"] = replicas
+        obj["status"] = {"observedGeneration": obj["metadata"].get("generation", 1)}
+        if replicas:
+            obj["status"] |= {"replicas": replicas, "readyReplicas": replicas}
+        self._put(obj)
+        return self._lines(iter([f"{what} scaled"]))
+
+    def _restart(self, what: str, namespace: str) -> Ran:
+        obj = self._one(what, namespace)
+        metadata = obj["spec"]["template"].setdefault("metadata", {})
+        metadata.setdefault("annotations", {})["kubectl.kubernetes.io/restartedAt"] = self.now
+        self._put(obj)
+        return self._lines(iter([f"{what} restarted"]))
+
+    def _put(self, obj: Object) -> None:
+        metadata = obj["metadata"]
+        group = obj["apiVersion"].rpartition("/")[0]
+        kind = f"{obj['kind']}.{group}" if group else obj["kind"]
+        namespace = metadata.get("namespace", "_cluster")
+        self.api.world.put(f"{self.cluster}/{namespace}/{kind}/{metadata['name']}", obj)
+
+    def _apply(self, target: str) -> Ran:
+        """Applies a made-up kustomization: a namespace, Argo CD's kind Application, one of it."""
+        found = re.fullmatch(r"(.+)//([^?]+)\?ref=([0-9a-f]{40})&timeout=120s", target)
+        if found is None:
+            return Ran(1, b"", b"error: rehearsal: not REPOSITORY//PATH?ref=COMMIT&timeout=120s\n")
+        repository, path, commit = found.groups()
+        applied, missing = [], None
+        try:
+            # kubectl maps all kinds before it applies the first object.
+            self.api.resource("argoproj.io/v1alpha1", "Application")
+        except ApiError as error:
+            missing = error
+        for obj in _kustomization(repository, path, commit):
+            if missing and obj["kind"] == "Application":
+                continue
+            self.api.apply(obj, _APPLY["--field-manager"], force=True)
+            self._migrate(obj)
+            applied.append(f"{obj['kind'].lower()}/{obj['metadata']['name']}")
+        if missing:
+            return Ran(1, b"", f"error: {missing}\nensure CRDs are installed first\n".encode())
+        return self._lines(iter(applied))
+
+    def _migrate(self, obj: Object) -> None:
+        """Takes over what a client-side apply owned (kubectl, migrateToSSAIfNecessary)."""
+        former = {
+            (entry["manager"], "Update")
+            for entry in self.api.get(obj)["metadata"].get("managedFields", [])
+            if entry["operation"] == "Update"
+            and _LAST_APPLIED
+            in entry.get("fieldsV1", {}).get("f:metadata", {}).get("f:annotations", {})
+        }
+        if former:
+            self.api.take_over(obj, former, _APPLY["--field-manager"])
+            self.api.apply(obj, _APPLY["--field-manager"], force=True)
+
+
+_GET = {"--namespace", "--output", "--ignore-not-found", "--show-managed-fields"}
+_CREATE = {"--field-manager": "homelab", "--filename": "-", "--output": "name"}
+_APPLY = {
+    "--server-side": "",
+    "--force-conflicts": "",
+    "--field-manager": "homelab",
+    "--output": "name",
+}
+
+
+def _kustomization(repository: str, path: str, commit: str) -> list[Object]:
+    names = {
+        "kind": "Application",
+        "listKind": "ApplicationList",
+        "plural": "applications",
+        "singular": "application",
+    }
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    version = {"name": "v1alpha1", "served": True, "storage": True, "schema": schema}
+    return [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "argocd"}},
+        {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {"name": "applications.argoproj.io"},
+            "spec": {
+                "group": "argoproj.io",
+                "names": names,
+                "scope": "Namespaced",
+                "versions": [version],
+            },
+        },
+        {
+            "apiVersion": "argoproj.io/v1alpha1",
+            "kind": "Application",
+            "metadata": {"name": "root", "namespace": "argocd"},
+            "spec": {
+                "project": "default",
+                "source": {"repoURL": repository, "path": path, "targetRevision": commit},
+                "destination": {"server": "https://kubernetes.default.svc"},
+            },
+        },
+    ]

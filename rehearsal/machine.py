@@ -1,0 +1,1011 @@
+"""The make-believe host under hostctl: the real hostctl runs on it, and no command is ever run.
+
+:class:`RehearsalMachine` answers what hostctl asks of a machine from files of the world, so that
+drift is made by editing them. `docker`, `k3d`, `kubectl`, `git` and `tar` are modelled at the level
+of their arguments, as strictly as hostctl uses them: another subcommand or flag is answered with
+exit status 2 and a line that begins `rehearsal:`.
+
+World, below `<rehearsal>/world/machine/`:
+  files/...                 the host's files; access/<quoted path>.json has mode, owner, group, time
+  clusters/<name>.json      a k3d cluster. `state` running or stopped, `ca` (base64 PEM), `server`
+                            (URL of its API), `nodes` as created; edit a mount, a port, the state,
+                            the CA; remove the file, and someone has deleted the cluster. `opening`,
+                            when added, is {"seconds", "bytes_per_second", "stalls"}: how long a
+                            start of the server takes, what it reads meanwhile, how many starts
+                            read nothing
+  containers/<name>.json    any other container, in the form of `docker inspect`
+  volumes.json              names of volumes
+  git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
+                            "<commit>"}}}; a repository that is not listed has every branch, at a
+                            made-up commit
+  addresses.json            {"<address>": seconds until an interface has it, or null for never}
+  ports.json                ports that others listen on; free: bytes of free disk
+  accounts.json             users and groups that the host lacks
+  docker-down               Docker does not answer (as does world/docker/unreachable)
+  missing-tools.json        programs that are not on PATH
+  seed                      another seed gives another machine id and other CAs
+Networks, images and containers of the docker stand-in are those of `world/docker/`, objects in a
+cluster those of `world/kubernetes/`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from hostctl.hostctl import Machine, Ran, Stat, ToolMissing
+from rehearsal.core import World
+
+Object = dict[str, Any]
+
+_VERSIONS = {
+    ("docker", "version", "--format", "{{.Server.Version}}"): "28.2.2\n",
+    ("k3d", "version"): "k3d version v5.8.3\nk3s version v1.31.5-k3s1 (default)\n",
+    (
+        "kubectl",
+        "version",
+        "--client",
+        "--output=json",
+    ): '{"clientVersion":{"gitVersion":"v1.31.5"}}',
+    ("git", "--version"): "git version 2.47.0\n",
+}
+_DOCKER_DOWN = (
+    "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. "
+    "Is the docker daemon running?"
+)
+_K3S = "/var/lib/rancher/k3s"
+
+
+class _Usage(Exception):
+    """A call that the model does not know."""
+
+
+def _options(
+    words: Sequence[str], flags: Iterable[str] = (), values: Iterable[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Options and operands of an argument list; `values` are the options that take one."""
+    found: dict[str, str] = {}
+    operands: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if word == "--":
+            operands += rest
+            break
+        if not word.startswith("-") or word == "-":
+            operands.append(word)
+        elif name in values:
+            if not equals and not rest:
+                raise _Usage(f"{name} needs a value")
+            found[name] = value if equals else rest.pop(0)
+        elif word in flags:
+            found[word] = ""
+        else:
+            raise _Usage(f"unknown flag {word}")
+    return found, operands
+
+
+def _done(text: str | bytes = "") -> Ran:
+    return Ran(0, text.encode() if isinstance(text, str) else text, b"")
+
+
+def _failed(text: str, code: int = 1) -> Ran:
+    return Ran(code, b"", text.encode() + b"\n")
+
+
+class RehearsalMachine(Machine):
+    """A machine kept in `root`, which is `<rehearsal>/world/machine`."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.world = World(root)
+        self.docker_world = World(root.parent / "docker")
+        root.mkdir(parents=True, exist_ok=True)
+
+    def clusters(self) -> list[Object]:
+        """Every k3d cluster of the host."""
+        return [cluster for _, cluster in self.world.list("clusters")]
+
+    def setting(self, name: str, default: Any) -> Any:
+        """What a file of the world says: JSON, or `default` where there is none."""
+        try:
+            return json.loads((self.root / name).read_text())
+        except FileNotFoundError:
+            return default
+
+    def set(self, name: str, value: Any) -> None:
+        (self.root / name).write_text(json.dumps(value))
+
+    # Processes
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        timeout: float = 30.0,
+        tick: Callable[[float], None] | None = None,
+        to_file: str | None = None,
+        limit: int = 0,
+    ) -> Ran:
+        if argv[0] in self.setting("missing-tools.json", []):
+            raise ToolMissing(argv[0])
+        models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
+            "docker": self._docker,
+            "k3d": self._k3d,
+            "kubectl": self._host_kubectl,
+            "git": self._git,
+            "tar": self._tar,
+            "rm": self._rm,
+        }
+        if argv[0] not in models:
+            raise ToolMissing(argv[0])
+        if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
+            return _done(_VERSIONS[tuple(argv)])
+        try:
+            ran = models[argv[0]](list(argv[1:]), input, env or {})
+        except _Usage as unknown:
+            return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
+        if to_file:
+            self.write_atomic(to_file, ran.out, 0o600)
+            return ran._replace(out=b"")
+        return ran
+
+    # Files
+
+    def _file(self, path: str) -> Path:
+        return self.root / "files" / path.lstrip("/")
+
+    def _access(self, path: str) -> Path:
+        return self.root / "access" / (quote(path, safe="") + ".json")
+
+    def read(self, path: str, limit: int = 1024 * 1024) -> bytes:
+        return self._file(path).read_bytes()
+
+    def write_atomic(
+        self,
+        path: str,
+        content: bytes,
+        mode: int,
+        owner: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        target = self._file(path)
+        # The host's own directories are there; hostctl makes what is below them.
+        if path.count("/") == 2:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        aside.write_bytes(content)
+        self.set_access(path, mode, owner, group, written=True)
+        aside.replace(target)
+
+    def set_access(
+        self,
+        path: str,
+        mode: int,
+        owner: str | None = None,
+        group: str | None = None,
+        *,
+        written: bool = False,
+    ) -> None:
+        access = self._access(path)
+        access.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(access.read_text()) if access.exists() else {}
+        after = {
+            "mode": f"{mode:04o}",
+            "owner": owner or before.get("owner", "root"),
+            "group": group or before.get("group", "root"),
+            "modified": self.now() if written else before.get("modified", self.now()),
+        }
+        access.write_text(json.dumps(after))
+
+    def make_directory(
+        self, path: str, mode: int, owner: str | None = None, group: str | None = None
+    ) -> None:
+        if self._file(path).is_dir():
+            return
+        self._file(path).mkdir(parents=True)
+        self.set_access(path, mode, owner, group, written=True)
+
+    def stat(self, path: str) -> Stat | None:
+        file = self._file(path)
+        if not file.exists():
+            return None
+        access = self._access(path)
+        seen = json.loads(access.read_text()) if access.exists() else {}
+        kind = "directory" if file.is_dir() else "file"
+        mode = int(seen.get("mode", "0755" if file.is_dir() else "0644"), 8)
+        modified = seen.get("modified", file.stat().st_mtime)
+        return Stat(kind, mode, seen.get("owner", "root"), seen.get("group", "root"), modified)
+
+    def missing_account(self, owner: str | None, group: str | None) -> str | None:
+        lacking = self.setting("accounts.json", {})
+        if owner in lacking.get("users", []):
+            return f"user {owner}"
+        return f"group {group}" if group in lacking.get("groups", []) else None
+
+    def free_bytes(self, path: str) -> int:
+        return self.setting("free", 2**40)
+
+    def tree_bytes(self, path: str) -> int:
+        return sum(len(content) for _, content in self._tree(path))
+
+    def checksum(self, path: str) -> str:
+        return hashlib.sha256(self.read(path)).hexdigest()
+
+    def _tree(self, path: str) -> list[tuple[str, bytes]]:
+        top = self._file(path)
+        files = (file for file in sorted(top.rglob("*")) if file.is_file())
+        return [(str(file.relative_to(top)), file.read_bytes()) for file in files]
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        (self.root / "locks").mkdir(exist_ok=True)
+        with (self.root / "locks" / name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"rehearsal: waiting for lock {name}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # Time and identity
+
+    def now(self) -> float:
+        """The real time, and what was slept on top of it."""
+        return time.time() + self.setting("slept", 0.0)
+
+    def sleep(self, seconds: float) -> None:
+        """Passes in no time."""
+        self.set("slept", self.setting("slept", 0.0) + seconds)
+
+    def nonce(self) -> str:
+        count = self.setting("nonces", 0) + 1
+        self.set("nonces", count)
+        return self._random(f"nonce {count}")[:16]
+
+    def machine_id(self) -> str:
+        return self._random("machine id")[:32]
+
+    def _random(self, what: str) -> str:
+        """64 hex digits, always the same for this world."""
+        seed = self.setting("seed", "a rehearsal")
+        return hashlib.sha256(f"{seed}/{what}".encode()).hexdigest()
+
+    # Network
+
+    def has_address(self, address: str) -> bool:
+        after = self.setting("addresses.json", {}).get(address, 0)
+        return after is not None and self.setting("slept", 0.0) >= after
+
+    def port_is_free(self, address: str, port: int) -> bool:
+        return port not in self.setting("ports.json", []) and not any(
+            self._publishes(cluster, port) for cluster in self.clusters()
+        )
+
+    def connect(self, address: str, port: int, ca: str) -> str | None:
+        for cluster in self.clusters():
+            if self._publishes(cluster, port) and self._is_open(cluster):
+                if base64.b64decode(cluster["ca"]).decode() == ca:
+                    return None
+                return "certificate verify failed: self-signed certificate in certificate chain"
+        return "[Errno 111] Connection refused"
+
+    def bytes_read(self, pids: Iterable[int]) -> int | None:
+        total = 0
+        for cluster in self.clusters():
+            if self._pid(cluster) in pids:
+                total += self._has_read(cluster)
+        return total
+
+    # What a rehearsal makes up
+
+    def missing_file(self, request: Mapping[str, Any]) -> bytes:
+        """Content for a Secret file, valid for the Secret's type, marked, always the same."""
+        kind, path = request["type"], request["path"]
+        keys = request["keys"] or _KEYS.get(kind, ["value"])
+        values = {key: self._made_up(kind, path, key) for key in keys}
+        if request["as"] == "value":
+            return values[keys[0]].encode() + b"\n"
+        # JSON is YAML.
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"namespace": request["namespace"], "name": request["name"]},
+            "type": kind,
+            "stringData": values,
+        }
+        return json.dumps(manifest, indent=1).encode() + b"\n"
+
+    def _made_up(self, kind: str, path: str, key: str) -> str:
+        value = f"made-up-{self._random(f'{path} {key}')[:24]}"
+        if key == ".dockerconfigjson":
+            auth = base64.b64encode(f"made-up:{value}".encode()).decode()
+            return json.dumps({"auths": {"registry.example.org": {"auth": auth}}})
+        if key == "TS_AUTHKEY" or "tailscale" in path:
+            return f"tskey-auth-{value}"
+        if kind == "kubernetes.io/tls":
+            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value)
+        if kind == "kubernetes.io/ssh-auth":
+            return _pem("OPENSSH PRIVATE KEY", value)
+        return value
+
+    # Docker
+
+    def _docker_is_down(self) -> bool:
+        return (self.root / "docker-down").exists() or (
+            self.docker_world.root / "unreachable"
+        ).exists()
+
+    def _docker(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        if self._docker_is_down():
+            return _failed(_DOCKER_DOWN)
+        if words[:2] in (["network", "inspect"], ["volume", "ls"], ["volume", "rm"]):
+            verb, rest = f"{words[0]}_{words[1]}", words[2:]
+        elif words[:2] == ["image", "inspect"]:
+            verb, rest = "image_inspect", words[2:]
+        else:
+            verb, rest = words[0], words[1:]
+        model = getattr(self, f"_docker_{verb}", None)
+        if model is None:
+            raise _Usage("unknown command")
+        return model(rest)
+
+    def _docker_ps(self, words: list[str]) -> Ran:
+        options, operands = _options(words, ["--all", "--no-trunc"], ["--format"])
+        if operands or {"--all", "--no-trunc", "--format"} - options.keys():
+            raise _Usage("docker ps without --all, --no-trunc or --format")
+        rows = []
+        for facts in self._all_containers():
+            labels = facts["Config"].get("Labels") or {}
+            fields = {".ID": facts["Id"], ".Names": facts["Name"].lstrip("/")}
+
+            def filled(
+                match: re.Match[str], fields: Object = fields, labels: Object = labels
+            ) -> str:
+                label = re.fullmatch(r'\.Label "([^"]+)"', match.group(1))
+                if label is None and match.group(1) not in fields:
+                    raise _Usage(f"format {match.group(0)}")
+                return labels.get(label.group(1), "") if label else fields[match.group(1)]
+
+            rows.append(re.sub(r"\{\{(.*?)\}\}", filled, options["--format"]) + "\n")
+        return _done("".join(rows))
+
+    def _docker_inspect(self, words: list[str]) -> Ran:
+        options, names = _options(words, (), ["--type"])
+        if options.get("--type") != "container" or not names:
+            raise _Usage("docker inspect without --type container or a name")
+        found = []
+        for name in names:
+            facts = self._container(name)
+            if facts is None:
+                return _failed(f"Error response from daemon: No such container: {name}")
+            found.append(facts)
+        return _done(json.dumps(found))
+
+    def _docker_network_inspect(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        network = self.docker_world.get(f"network/{name}")
+        if network is None:
+            return _failed(f"Error response from daemon: network {name} not found")
+        labels = {item["label"]: item["value"] for item in network.get("labels") or []}
+        config = [
+            {"Subnet": one.get("subnet"), "Gateway": one.get("gateway")}
+            for one in network.get("ipamConfigs") or []
+        ]
+        facts = {
+            "Name": name,
+            "Id": network.get("id"),
+            "Driver": network.get("driver", "bridge"),
+            "IPAM": {"Driver": "default", "Config": config},
+            "Labels": labels,
+        }
+        return _done(json.dumps([facts]))
+
+    def _docker_volume_ls(self, words: list[str]) -> Ran:
+        options, operands = _options(words, ["--quiet"], ["--filter"])
+        pattern = options["--filter"].removeprefix("name=")
+        if operands or pattern == options["--filter"]:
+            raise _Usage("docker volume ls without --filter name=")
+        names = [name for name in self.setting("volumes.json", []) if re.search(pattern, name)]
+        return _done("".join(f"{name}\n" for name in names))
+
+    def _docker_image_inspect(self, words: list[str]) -> Ran:
+        options, (wanted,) = _options(words, (), ["--format"])
+        if options.get("--format") != "{{json .RepoDigests}}":
+            raise _Usage("docker image inspect with another format")
+        for _, image in self.docker_world.list("image"):
+            if wanted in (image.get("imageId"), image.get("name")):
+                return _done(json.dumps([image.get("repoDigest")]))
+        return _failed(f"Error response from daemon: No such image: {wanted}")
+
+    def _docker_cp(self, words: list[str]) -> Ran:
+        _, operands = _options(words)
+        if len(operands) != 2 or operands[1] != "-":
+            raise _Usage("docker cp to anything but stdout")
+        container, _, path = operands[0].partition(":")
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error: No such container:path: {container}:{path}")
+        cluster, node = found
+        files = {f"{_K3S}/server": [("server/db/state.db", f"state of {cluster['ca']}".encode())]}
+        if "ca" in cluster and node["role"] == "server" and node.get("starts"):
+            text = _node_kubeconfig(cluster).encode()
+            files["/output/kubeconfig.yaml"] = [("kubeconfig.yaml", text)]
+        if path not in files:
+            return _failed(
+                f"Error response from daemon: Could not find the file {path} in container {container}"
+            )
+        return _done(_archive(files[path]))
+
+    def _docker_exec(self, words: list[str]) -> Ran:
+        container, *argv = words
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        cluster, node = found
+        if self._status(cluster, node) != "running":
+            return _failed(f"Error response from daemon: container {container} is not running")
+        if argv == ["k3s", "--version"]:
+            return _done("k3s version v1.31.5+k3s1 (00000000)\n")
+        if argv[0] != "kubectl":
+            raise _Usage(f"docker exec of {argv[0]}")
+        if not self._is_open(cluster):
+            return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
+        return self._kubectl(argv[1:], b"", cluster)
+
+    def _docker_top(self, words: list[str]) -> Ran:
+        container, *options = words
+        found = self._node(container)
+        if found is None or options != ["-eo", "pid"]:
+            raise _Usage("docker top of no node, or with other options than -eo pid")
+        return _done(f"PID\n{self._pid(found[0])}\n")
+
+    def _docker_start(self, words: list[str]) -> Ran:
+        _, (container,) = _options(words)
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        cluster, node = found
+        if self._status(cluster, node) == "created":
+            # k3d writes its entrypoint into a node before it starts it.
+            return _failed(
+                f"Error response from daemon: failed to create task for container {container}: "
+                'exec: "/bin/k3d-entrypoint.sh": stat /bin/k3d-entrypoint.sh: no such file or directory'
+            )
+        self._start(cluster, node)
+        return _done(f"{container}\n")
+
+    def _docker_stop(self, words: list[str]) -> Ran:
+        _, (container,) = _options(words, (), ["--time"])
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        cluster, node = found
+        self._freeze(cluster)
+        node["status"] = "exited"
+        self._save(cluster)
+        return _done(f"{container}\n")
+
+    def _docker_restart(self, words: list[str]) -> Ran:
+        _, (container,) = _options(words, (), ["--time"])
+        found = self._node(container)
+        if found:
+            self._start(*found)
+            return _done(f"{container}\n")
+        facts = self._container(container)
+        if facts is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        (self.root / "started").mkdir(exist_ok=True)
+        self.set(f"started/{container}", self.now())
+        return _done(f"{container}\n")
+
+    def _docker_rm(self, words: list[str]) -> Ran:
+        options, (container,) = _options(words, ["--force"])
+        file = self.root / "containers" / f"{container}.json"
+        if not file.exists() or "--force" not in options:
+            raise _Usage("docker rm of a node, or without --force")
+        file.unlink()
+        return _done(f"{container}\n")
+
+    # Containers
+
+    def _all_containers(self) -> list[Object]:
+        found = [
+            self._facts(cluster, node)
+            for cluster in self.clusters()
+            for node in cluster["nodes"]
+        ]
+        for file in sorted((self.root / "containers").glob("*.json")):
+            found.append(json.loads(file.read_text()))
+        for _, container in self.docker_world.list("container"):
+            found.append(self._other_facts(container))
+        return found
+
+    def _container(self, name: str) -> Object | None:
+        return next(
+            (one for one in self._all_containers() if name in (one["Id"], one["Name"].lstrip("/"))),
+            None,
+        )
+
+    def _other_facts(self, container: Object) -> Object:
+        """A container that the docker stand-in made; it runs from when its file was written."""
+        name = container["name"]
+        file = self.docker_world.root / "container" / f"{name}.json"
+        started = self.setting(f"started/{name}", file.stat().st_mtime + self.setting("slept", 0.0))
+        labels = {item["label"]: item["value"] for item in container.get("labels") or []}
+        running = container.get("mustRun") is not False
+        return {
+            "Id": container["id"],
+            "Name": f"/{name}",
+            "Created": _utc(started),
+            "State": {"Status": "running" if running else "exited", "StartedAt": _utc(started)},
+            "Config": {"Image": container.get("image"), "Cmd": [], "Labels": labels},
+            "HostConfig": {"PortBindings": {}},
+            "Mounts": [],
+            "NetworkSettings": {"Ports": {}, "Networks": {}},
+        }
+
+    def _facts(self, cluster: Object, node: Object) -> Object:
+        """A node as `docker inspect` shows it."""
+        status = self._status(cluster, node)
+        running = status == "running"
+        mounts = [
+            {"Type": "bind", "Source": source, "Destination": destination.split(":")[0]}
+            for source, destination in (bind.split(":", 1) for bind in node["binds"])
+        ]
+        data = f"/var/lib/docker/volumes/{self._random(node['name'])}/_data"
+        mounts.append({"Type": "volume", "Source": data, "Destination": _K3S})
+        published = running and node.get("published", True)
+        ports = {port: bound if published else None for port, bound in node["ports"].items()}
+        endpoint = {"IPAddress": node["address"] if running else "", "NetworkID": "0"}
+        networks = {} if node.get("disconnected") else {node["network"]: endpoint}
+        return {
+            "Id": self._random(f"{node['name']} {cluster['created']}"),
+            "Name": f"/{node['name']}",
+            "Created": cluster["created"],
+            "Image": "sha256:" + hashlib.sha256(node["image"].encode()).hexdigest(),
+            "State": {
+                "Status": status,
+                "Running": running,
+                "StartedAt": _utc(node.get("started", 0)),
+            },
+            "Config": {"Image": node["image"], "Cmd": node["cmd"], "Labels": node["labels"]},
+            "HostConfig": {"Binds": node["binds"], "PortBindings": node["ports"]},
+            "Mounts": mounts,
+            "NetworkSettings": {"Ports": ports if running else {}, "Networks": networks},
+        }
+
+    def _node(self, name: str) -> tuple[Object, Object] | None:
+        for cluster in self.clusters():
+            for node in cluster["nodes"]:
+                if node["name"] == name:
+                    return cluster, node
+        return None
+
+    @staticmethod
+    def _status(cluster: Object, node: Object) -> str:
+        if cluster["state"] == "stopped" and node["status"] == "running":
+            return "exited"
+        return node["status"]
+
+    def _freeze(self, cluster: Object) -> None:
+        """Write down what each node's state is before one of them changes."""
+        for node in cluster["nodes"]:
+            node["status"] = self._status(cluster, node)
+
+    def _start(self, cluster: Object, node: Object) -> None:
+        self._freeze(cluster)
+        node["status"] = "running"
+        node["starts"] = node.get("starts", 0) + 1
+        node["started"] = self.now()
+        node.pop("published", None)
+        self._save(cluster)
+
+    def _save(self, cluster: Object) -> None:
+        up = all(node["status"] == "running" for node in cluster["nodes"])
+        cluster["state"] = "running" if up else "stopped"
+        self.world.put(f"clusters/{cluster['name']}", cluster)
+
+    def _is_open(self, cluster: Object) -> bool:
+        """Whether the API server of a running cluster has opened its datastore."""
+        opening = cluster.get("opening")
+        server = cluster["nodes"][0]
+        if self._status(cluster, server) != "running":
+            return False
+        if not opening:
+            return True
+        if server.get("starts", 0) <= opening.get("stalls", 0):
+            return False
+        return self.now() - server["started"] >= opening["seconds"]
+
+    def _has_read(self, cluster: Object) -> int:
+        opening = cluster.get("opening") or {}
+        server = cluster["nodes"][0]
+        if server.get("starts", 0) <= opening.get("stalls", 0):
+            return 0
+        return int((self.now() - server["started"]) * opening.get("bytes_per_second", 0))
+
+    def _publishes(self, cluster: Object, port: int) -> bool:
+        return any(
+            self._status(cluster, node) == "running"
+            and node.get("published", True)
+            and any(
+                int(one["HostPort"]) == port for bound in node["ports"].values() for one in bound
+            )
+            for node in cluster["nodes"]
+        )
+
+    def _pid(self, cluster: Object) -> int:
+        return 1000 + int(hashlib.sha256(cluster["name"].encode()).hexdigest()[:4], 16)
+
+    # k3d
+
+    def _k3d(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        if self._docker_is_down():
+            return _failed(f"FATA[0000] runtime failed to list nodes: {_DOCKER_DOWN}")
+        model = {
+            ("cluster", "list"): self._k3d_list,
+            ("cluster", "create"): self._k3d_create,
+            ("cluster", "start"): self._k3d_start,
+            ("cluster", "delete"): self._k3d_delete,
+        }.get((words[0], words[1]) if len(words) > 1 else ("", ""))
+        if model is None:
+            raise _Usage("unknown command")
+        return model(words[2:])
+
+    def _k3d_list(self, words: list[str]) -> Ran:
+        options, operands = _options(words, (), ["--output"])
+        if operands or options.get("--output") != "json":
+            raise _Usage("k3d cluster list with operands or without --output json")
+        clusters = self.clusters()
+        for cluster in clusters:
+            for node in cluster["nodes"]:
+                if node.get("disconnected") and self._status(cluster, node) == "running":
+                    return _failed(
+                        f"FATA[0000] failed to parse IP '' for container '{node['name']}'"
+                    )
+        return _done(json.dumps([{"name": cluster["name"]} for cluster in clusters]))
+
+    def _k3d_create(self, words: list[str]) -> Ran:
+        flags = ["--no-rollback", "--kubeconfig-update-default=false"]
+        flags.append("--kubeconfig-switch-context=false")
+        options, operands = _options(words, flags, ["--config"])
+        if operands or set(flags) - options.keys():
+            raise _Usage("k3d cluster create with operands or without its safeguards")
+        config = json.loads(self.read(options["--config"]))
+        _check_config(config)
+        name = config["metadata"]["name"]
+        if self._begun(name):
+            return _failed(
+                f"FATA[0000] Failed to create cluster '{name}' because a cluster with that name "
+                "already exists"
+            )
+        self.create_cluster(config)
+        return _done("INFO[0000] Cluster created successfully!\n")
+
+    def _begun(self, name: str) -> bool:
+        return any(
+            (facts["Config"].get("Labels") or {}).get("k3d.cluster") == name
+            for facts in self._all_containers()
+        )
+
+    def create_cluster(self, config: Object, *, cut_off: bool = False) -> Object:
+        """What `k3d cluster create` makes of its config; `cut_off` between creating and starting."""
+        name = config["metadata"]["name"]
+        network = config.get("network") or f"k3d-{name}"
+        volumes = self.setting("volumes.json", [])
+        if f"k3d-{name}-images" not in volumes:
+            self.set("volumes.json", [*volumes, f"k3d-{name}-images"])
+        there = self.docker_world.get(f"network/{network}")
+        if there is None:
+            there = {
+                "name": network,
+                "id": self._random(f"network {network}"),
+                "driver": "bridge",
+                "ipamConfigs": [{"subnet": config["subnet"]}] if "subnet" in config else [],
+                "labels": [{"label": "app", "value": "k3d"}],
+            }
+        made = self.setting("clusters-made", 0) + 1
+        self.set("clusters-made", made)
+        labels = {
+            "app": "k3d",
+            "k3d.cluster": name,
+            "k3d.cluster.network": network,
+            "k3d.cluster.imageVolume": f"k3d-{name}-images",
+            "k3d.server.api.host": config["kubeAPI"].get("host", config["kubeAPI"]["hostIP"]),
+            "k3d.server.api.hostIP": config["kubeAPI"]["hostIP"],
+            "k3d.server.api.port": config["kubeAPI"]["hostPort"],
+        }
+        for item in config["options"]["runtime"]["labels"]:
+            key, _, value = item["label"].partition("=")
+            labels[key] = value
+        balanced = not config["options"]["k3d"]["disableLoadbalancer"]
+        roles = [("server", n) for n in range(config["servers"])]
+        roles += [("agent", n) for n in range(config["agents"])]
+        nodes = [self._new_node(config, labels, network, *role) for role in roles]
+        front = nodes[0]
+        if balanced:
+            front = {
+                **nodes[0],
+                "name": f"k3d-{name}-serverlb",
+                "role": "loadbalancer",
+                "labels": {**labels, "k3d.role": "loadbalancer"},
+                "binds": [],
+                "cmd": [],
+                "ports": {},
+            }
+            nodes.append(front)
+        api = {"HostIp": config["kubeAPI"]["hostIP"], "HostPort": config["kubeAPI"]["hostPort"]}
+        front["ports"]["6443/tcp"] = [api]
+        for item in config["ports"]:
+            bind, host_port, inside = item["port"].split(":")
+            bound = {"HostIp": bind, "HostPort": host_port}
+            front["ports"].setdefault(inside, []).append(bound)
+        for number, node in enumerate(nodes):
+            node["address"] = f"172.30.0.{number + 2}"
+            node["status"] = "created" if cut_off else "running"
+            if not cut_off:
+                node |= {"starts": 1, "started": self.now()}
+        endpoints = {*there.get("endpoints", []), *(node["name"] for node in nodes)}
+        self.docker_world.put(f"network/{network}", {**there, "endpoints": sorted(endpoints)})
+        host = config["kubeAPI"]["hostIP"].replace("0.0.0.0", "127.0.0.1")
+        cluster = {
+            "name": name,
+            "state": "stopped" if cut_off else "running",
+            "ca": self._certificate(f"CA {name} {made}"),
+            "certificate": self._certificate(f"client certificate {name} {made}"),
+            "key": self._certificate(f"client key {name} {made}"),
+            "server": f"https://{host}:{config['kubeAPI']['hostPort']}",
+            "image": config["image"],
+            "created": _utc(self.now()),
+            "nodes": nodes,
+        }
+        self.world.put(f"clusters/{name}", cluster)
+        return cluster
+
+    def _certificate(self, what: str) -> str:
+        kind = "EC PRIVATE KEY" if "key" in what else "CERTIFICATE"
+        return base64.b64encode(_pem(kind, self._random(what)).encode()).decode()
+
+    def _new_node(
+        self, config: Object, labels: Object, network: str, role: str, number: int
+    ) -> Object:
+        def wanted(item: Object) -> bool:
+            filters = item["nodeFilters"]
+            return f"{role}:*" in filters or f"{role}:{number}" in filters
+
+        arguments = [i["arg"] for i in config["options"]["k3s"]["extraArgs"] if wanted(i)]
+        if role == "server":
+            if config["servers"] > 1 and number == 0:
+                arguments.append("--cluster-init")
+            arguments += ["--tls-san", labels["k3d.server.api.host"]]
+        return {
+            "name": f"k3d-{config['metadata']['name']}-{role}-{number}",
+            "role": role,
+            "image": config["image"],
+            "labels": {**labels, "k3d.role": role},
+            "cmd": [role, *arguments],
+            "binds": [item["volume"] for item in config["volumes"] if wanted(item)],
+            "ports": {},
+            "network": network,
+        }
+
+    def _k3d_start(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        cluster = self.world.get(f"clusters/{name}")
+        if cluster is None:
+            return _failed("FATA[0000] No nodes found for given cluster")
+        for node in cluster["nodes"]:
+            if self._status(cluster, node) != "running":
+                self._start(cluster, node)
+        return _done(f"INFO[0000] Started cluster '{name}'\n")
+
+    def _k3d_delete(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        cluster = self.world.get(f"clusters/{name}")
+        for node in (cluster or {}).get("nodes", []):
+            key = f"network/{node['network']}"
+            network = self.docker_world.get(key)
+            if network:
+                left = [one for one in network.get("endpoints", []) if one != node["name"]]
+                own = {"label": "app", "value": "k3d"} in (network.get("labels") or [])
+                if own and not left:
+                    self.docker_world.delete(key)
+                else:
+                    self.docker_world.put(key, {**network, "endpoints": left})
+        volumes = self.setting("volumes.json", [])
+        self.set("volumes.json", [one for one in volumes if one != f"k3d-{name}-images"])
+        self.world.delete(f"clusters/{name}")
+        return _done(f"INFO[0000] Successfully deleted cluster {name}!\n")
+
+    # git
+
+    def _git(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        if words[:2] != ["ls-remote", "--"] or env.get("GIT_TERMINAL_PROMPT") != "0":
+            raise _Usage("not ls-remote --, or with a terminal prompt")
+        repository, *patterns = words[2:]
+        known = self.setting("git.json", {}).get(repository)
+        if known is None:
+            branch = next((one for one in patterns if one.startswith("refs/heads/")), patterns[0])
+            commit = hashlib.sha1(f"{repository} {branch}".encode()).hexdigest()
+            print(f"rehearsal: made up commit {commit} of {repository} {branch}", file=sys.stderr)
+            return _done(f"{commit}\t{branch}\n")
+        if known.get("unreachable"):
+            host = urlsplit(repository).hostname or repository
+            return _failed(f"fatal: unable to access: Could not resolve host: {host}", 128)
+        refs = known.get("refs", {})
+        return _done("".join(f"{refs[one]}\t{one}\n" for one in patterns if one in refs))
+
+    # tar and rm
+
+    def _tar(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        flags = ["--create", "--compare", "--list", "--xattrs", "--acls", "--numeric-owner"]
+        options, operands = _options(words, flags, ["--file", "--directory"])
+        file = options.get("--file", "")
+        if "--create" in options and operands == ["."]:
+            self.write_atomic(file, _archive(self._tree(options["--directory"])), 0o600)
+            return _done()
+        if "--compare" in options and not operands:
+            same = self.read(file) == _archive(self._tree(options["--directory"]))
+            return _done() if same else _failed("tar: contents differ")
+        if "--list" in options and not operands:
+            with tarfile.open(fileobj=io.BytesIO(self.read(file))) as archive:
+                return _done("".join(f"{name}\n" for name in archive.getnames()))
+        raise _Usage("neither --create with ., nor --compare, nor --list")
+
+    def _rm(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        _, (path,) = _options(words)
+        self._file(path).unlink()
+        return _done()
+
+    # kubectl
+
+    def _host_kubectl(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
+        match words:
+            case [kubeconfig, "--request-timeout=30s", *rest] if kubeconfig.startswith(
+                "--kubeconfig="
+            ):
+                text = self.read(kubeconfig.partition("=")[2]).decode()
+            case _:
+                raise _Usage("kubectl without --kubeconfig and --request-timeout")
+        server = re.search(r"server: (\S+)", text)
+        ca = re.search(r"certificate-authority-data: (\S+)", text)
+        port = urlsplit(server.group(1)).port if server else None
+        for cluster in self.clusters():
+            if port and self._publishes(cluster, port) and self._is_open(cluster):
+                if ca and ca.group(1) == cluster["ca"]:
+                    return self._kubectl(rest, input, cluster)
+                return _failed(
+                    "Unable to connect to the server: tls: failed to verify certificate: "
+                    "x509: certificate signed by unknown authority"
+                )
+        return _failed(
+            f"The connection to the server 127.0.0.1:{port} was refused - did you specify the right "
+            "host or port?"
+        )
+
+    def _kubectl(self, words: list[str], input: bytes, cluster: Object) -> Ran:
+        # Only what reaches a cluster needs its API server, which is slow to load.
+        from rehearsal.kubectl import Kubectl
+
+        return Kubectl(self.root.parent, cluster["ca"], self.now()).run(words, input)
+
+
+_KEYS = {
+    "kubernetes.io/dockerconfigjson": [".dockerconfigjson"],
+    "kubernetes.io/tls": ["tls.crt", "tls.key"],
+    "kubernetes.io/basic-auth": ["username", "password"],
+    "kubernetes.io/ssh-auth": ["ssh-privatekey"],
+}
+_CONFIG_KEYS: Object = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {"name": str},
+    "servers": int,
+    "agents": int,
+    "image": str,
+    "network": str,
+    "subnet": str,
+    "kubeAPI": {"host": str, "hostIP": str, "hostPort": str},
+    "volumes": [{"volume": str, "nodeFilters": [str]}],
+    "ports": [{"port": str, "nodeFilters": [str]}],
+    "options": {
+        "k3d": {"wait": bool, "disableLoadbalancer": bool},
+        "k3s": {"extraArgs": [{"arg": str, "nodeFilters": [str]}]},
+        "runtime": {"labels": [{"label": str, "nodeFilters": [str]}]},
+    },
+}
+"""The part of k3d's config schema (pkg/config/v1alpha5/schema.json) that hostctl uses."""
+
+
+def _check_config(config: Object) -> None:
+    """Refuses what `k3d cluster create` 5.8 refuses."""
+    _check_keys(config, _CONFIG_KEYS, "config")
+    if "$" in json.dumps(config):
+        raise _Usage("config: k3d expands $ in its config file")
+    if config.get("apiVersion") != "k3d.io/v1alpha5" or config.get("kind") != "Simple":
+        raise _Usage("config: another apiVersion or kind")
+    if "network" in config and "subnet" in config:
+        raise _Usage("cannot specify subnet for exiting network")
+    single = config["options"]["k3d"]["disableLoadbalancer"]
+    for port in config["ports"]:
+        if single and not all(one.endswith(":direct") for one in port["nodeFilters"]):
+            raise _Usage("port-mapping of type 'proxy' specified, but loadbalancer is disabled")
+    for item in [*config["volumes"], *config["options"]["k3s"]["extraArgs"]]:
+        if any(one.startswith("agent") for one in item["nodeFilters"]) and not config["agents"]:
+            raise _Usage("node filter for agents in a cluster without any")
+
+
+def _check_keys(value: Any, shape: Any, path: str) -> None:
+    if isinstance(shape, dict):
+        if not isinstance(value, dict) or set(value) - set(shape):
+            raise _Usage(f"{path}: keys {sorted(set(value) - set(shape))} are not allowed")
+        for key, inner in value.items():
+            _check_keys(inner, shape[key], f"{path}.{key}")
+    elif isinstance(shape, list):
+        for item in value:
+            _check_keys(item, shape[0], path)
+    elif not isinstance(value, shape):
+        raise _Usage(f"{path}: not {shape.__name__}")
+
+
+def _pem(kind: str, content: str) -> str:
+    """A PEM block that parses; what is in it is made up."""
+    body = base64.b64encode(content.encode()).decode()
+    return f"-----BEGIN {kind}-----\n{body}\n-----END {kind}-----\n"
+
+
+def _node_kubeconfig(cluster: Object) -> str:
+    """/output/kubeconfig.yaml as k3s writes it."""
+    return f"""apiVersion: v1
+clusters:
+- cluster:
+    certificate-authority-data: {cluster["ca"]}
+    server: https://127.0.0.1:6443
+  name: default
+contexts:
+- context:
+    cluster: default
+    user: default
+  name: default
+current-context: default
+kind: Config
+preferences: {{}}
+users:
+- name: default
+  user:
+    client-certificate-data: {cluster["certificate"]}
+    client-key-data: {cluster["key"]}
+"""
+
+
+def _archive(files: Iterable[tuple[str, bytes]]) -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return held.getvalue()
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,0 +1,2128 @@
+"""The stand-in of pulumi-kubernetes 4.34.2: any plain kind and `helm.sh/v3:Release`.
+
+Two halves. :class:`ApiServer` is a make-believe kube-apiserver whose objects are files;
+:class:`Kubernetes` is the provider, which asks it what the official provider asks the real one.
+Rules and texts come from the provider's source (github.com/pulumi/pulumi-kubernetes, provider/pkg)
+and from the recordings that tests/unit/test_golden.py replays.
+
+World, below `<rehearsal>/world/kubernetes/`:
+  <cluster>/<namespace or _cluster>/<Kind.group>/<name>.json
+      one live object; edit it to make drift
+  ready.json
+      {"<Kind>/<namespace>/<name>": seconds or "never"}: when an object becomes ready. What is not
+      named is ready at once, but a LoadBalancer Service and an Ingress never: nothing assigns
+      addresses here.
+  charts.json
+      {"<repository>/<chart>@<version>": "<appVersion>"}: the Helm charts that can be fetched, on
+      top of rehearsal/charts.json
+<cluster> is `sha256(CA certificate)[:16]`, so a cluster made anew is empty. A kubeconfig reaches
+the cluster of `world/machine/clusters/<name>.json` that is running and has its port and CA.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import yaml
+
+from rehearsal.core import (
+    UNKNOWN,
+    Checked,
+    Diff,
+    DiffKind,
+    Exists,
+    Failure,
+    InitFailed,
+    Properties,
+    Provider,
+    Request,
+    Secret,
+    Unimplemented,
+    World,
+    has_secret,
+    has_unknown,
+    plain,
+    property_path,
+    reveal,
+    serve,
+)
+
+RETRY_SECONDS = (1, 2, 4, 8, 16)
+"""Waits between attempts to create what lacks its namespace or CRD (provider/pkg/retry)."""
+
+KUBERNETES = "1.31"
+"""The Kubernetes release whose schemas hold."""
+
+Object = dict[str, Any]
+Schema = dict[str, Any]
+
+MISSING = object()
+"""What stands for a value that is not there, where None is a value."""
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for tables of names."""
+    return frozenset(text.split())
+
+
+# Schemas
+
+
+@functools.cache
+def _definitions() -> dict[str, Schema]:
+    """The published definitions, strict, of the package kubernetes-validate.
+
+    Only its data is used: jsonschema takes longer to compile one kind than the walk below takes for
+    a thousand objects, and knows no unknown values.
+    """
+    package = importlib.util.find_spec("kubernetes_validate")
+    if package is None or package.origin is None:
+        raise Failure("the rehearsal needs the package kubernetes-validate: install the dev group")
+    published = Path(package.origin).parent / "kubernetes-json-schema"
+    file = published / f"v{KUBERNETES}.0-local-strict" / "_definitions.json"
+    return json.loads(file.read_text())["$defs"]
+
+
+@functools.cache
+def kinds() -> dict[tuple[str, str], Schema]:
+    """Every built-in kind's schema by (apiVersion, kind)."""
+    found = {}
+    for schema in _definitions().values():
+        for gvk in schema.get("x-kubernetes-group-version-kind", ()):
+            if "metadata" in schema.get("properties", {}):
+                version = f"{gvk['group']}/{gvk['version']}" if gvk["group"] else gvk["version"]
+                found[version, gvk["kind"]] = schema
+    return found
+
+
+@functools.cache
+def known_versions() -> frozenset[str]:
+    return frozenset(version for version, _ in kinds())
+
+
+def _custom_schema() -> Schema:
+    """What holds for a custom resource, whose own schema is not consulted: its metadata."""
+    return {
+        "type": "object",
+        "properties": {"metadata": {"$ref": "/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"}},
+    }
+
+
+def schema_of(obj: Object) -> Schema:
+    return kinds().get((obj.get("apiVersion", ""), obj.get("kind", "")), _custom_schema())
+
+
+def _resolved(schema: Schema) -> Schema:
+    reference = schema.get("$ref")
+    return _definitions()[reference.rsplit("/", 1)[-1]] if reference else schema
+
+
+def _child(schema: Schema, key: str) -> Schema:
+    sub = schema.get("properties", {}).get(key)
+    if sub is None:
+        sub = schema.get("additionalProperties")
+    return sub if isinstance(sub, dict) else {}
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "object": (dict,),
+    "array": (list,),
+    "null": (type(None),),
+}
+
+
+def _is_of(value: Any, names: Iterable[str]) -> bool:
+    return any(
+        isinstance(value, _TYPES[name]) and (not isinstance(value, bool) or name == "boolean")
+        for name in names
+    )
+
+
+def schema_faults(value: Any, schema: Schema, path: str = "") -> Iterator[tuple[str, str]]:
+    """Where a value breaks its schema, as (property path, reason).
+
+    An unknown fits everywhere. No value is quoted, since it may be a secret.
+    """
+    if value is UNKNOWN:
+        return
+    schema = _resolved(schema)
+    if "oneOf" in schema:
+        names = [name for option in schema["oneOf"] for name in _names(option)]
+    else:
+        names = _names(schema)
+    if names and not _is_of(value, names):
+        wanted = " or ".join(sorted(set(names) - {"null"}))
+        yield path, f"expected {wanted}, got {type(value).__name__}"
+        return
+    if value is not None and "enum" in schema and value not in schema["enum"]:
+        yield path, f"expected one of {', '.join(map(str, schema['enum']))}"
+    if isinstance(value, dict):
+        for key in schema.get("required", ()):
+            if key not in value:
+                yield path, f'missing required field "{key}"'
+        properties = schema.get("properties", {})
+        others = schema.get("additionalProperties", True)
+        for key, item in value.items():
+            if key in properties:
+                yield from schema_faults(item, properties[key], property_path(path, key))
+            elif isinstance(others, dict):
+                yield from schema_faults(item, others, property_path(path, key))
+            elif not others:
+                yield property_path(path, key), f'unknown field "{key}"'
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from schema_faults(item, schema.get("items", {}), property_path(path, index))
+
+
+def _names(schema: Schema) -> list[str]:
+    names = schema.get("type", [])
+    return [names] if isinstance(names, str) else names
+
+
+# Field ownership: managedFields, server-side apply
+# (kubernetes/enhancements 555; sigs.k8s.io/structured-merge-diff)
+
+FieldPath = tuple[str, ...]
+
+# Go structs that are always there, so that an Update records only what is in them.
+_VALUE_STRUCTS = frozenset({"metadata", "spec", "strategy", "updateStrategy", "resources"})
+_OWNABLE_METADATA = frozenset({"labels", "annotations", "finalizers", "ownerReferences"})
+
+
+def _item_key(item: Object, schema: Schema) -> str | None:
+    """How an element of an associative list is named, `k:{"port":80,"protocol":"TCP"}`."""
+    keys = schema.get("x-kubernetes-list-map-keys")
+    if not keys or not isinstance(item, dict):
+        return None
+    # The one key that the published schemas default.
+    named = {key: item.get(key, "TCP" if key == "protocol" else None) for key in sorted(keys)}
+    if any(value is None for value in named.values()):
+        return None
+    return "k:" + json.dumps(named, separators=(",", ":"))
+
+
+def _fields(value: Any, schema: Schema, update: bool, itself: bool) -> Object:
+    """The FieldsV1 of a value. `update`: as an Update records it, which also names maps (`.`)."""
+    schema = _resolved(schema)
+    found: Object = {}
+    if isinstance(value, dict) and schema.get("x-kubernetes-map-type") != "atomic":
+        plainly = {*schema.get("required", ()), *_VALUE_STRUCTS}
+        for key, item in value.items():
+            below = _child(schema, key)
+            found[f"f:{key}"] = _fields(item, below, update, update and key not in plainly)
+    elif isinstance(value, list):
+        for item in value:
+            if (key := _item_key(item, schema)) is not None:
+                items = schema.get("items", {})
+                found[key] = {".": {}, **_fields(item, items, update, itself=False)}
+            elif schema.get("x-kubernetes-list-type") == "set":
+                found["v:" + json.dumps(item)] = {}
+    if found and itself:
+        found["."] = {}
+    return found
+
+
+def _owned_fields(obj: Object, update: bool) -> Object:
+    """The FieldsV1 of what whoever writes this object owns."""
+    ownable = {k: v for k, v in obj.items() if k not in {"apiVersion", "kind", "status"}}
+    ownable["metadata"] = {
+        key: value for key, value in obj["metadata"].items() if key in _OWNABLE_METADATA
+    }
+    if obj["kind"] == "Namespace":
+        ownable.pop("spec", None)
+    fields = _fields(ownable, schema_of(obj), update, itself=False)
+    if not fields["f:metadata"]:
+        del fields["f:metadata"]
+    return fields
+
+
+def paths(fields: Object, at: FieldPath = ()) -> Iterator[FieldPath]:
+    for key, below in fields.items():
+        if key == ".":
+            yield at
+        elif below:
+            yield from paths(below, (*at, key))
+        else:
+            yield (*at, key)
+
+
+def _trie(owned: set[FieldPath]) -> Object:
+    root: Object = {}
+    members = []
+    for path in sorted(owned):
+        node = root
+        for step in path:
+            node = node.setdefault(step, {})
+        members.append(node)
+    for node in members:
+        if node:
+            node["."] = {}
+    return root
+
+
+def _position(items: Any, step: str) -> int | None:
+    kind, _, named = step.partition(":")
+    wanted = json.loads(named)
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if kind == "v" and item == wanted:
+            return index
+        if kind == "k" and isinstance(item, dict):
+            held = {key: item.get(key, "TCP" if key == "protocol" else None) for key in wanted}
+            if held == wanted:
+                return index
+    return None
+
+
+def value_at(value: Any, path: FieldPath) -> Any:
+    for step in path:
+        if step.startswith("f:"):
+            value = value.get(step[2:], MISSING) if isinstance(value, dict) else MISSING
+        else:
+            index = _position(value, step)
+            value = MISSING if index is None else value[index]
+        if value is MISSING:
+            return MISSING
+    return value
+
+
+def remove_at(obj: Object, path: FieldPath) -> None:
+    holder, step = value_at(obj, path[:-1]), path[-1]
+    if step.startswith("f:"):
+        if isinstance(holder, dict):
+            holder.pop(step[2:], None)
+    elif (index := _position(holder, step)) is not None:
+        del holder[index]
+
+
+def _merged(live: Any, config: Any, schema: Schema) -> Any:
+    """The configuration laid over what is live, as server-side apply merges."""
+    schema = _resolved(schema)
+    if isinstance(live, dict) and isinstance(config, dict):
+        if schema.get("x-kubernetes-map-type") == "atomic":
+            return config
+        laid = {k: _merged(live.get(k), v, _child(schema, k)) for k, v in config.items()}
+        return {**live, **laid}
+    if isinstance(live, list) and isinstance(config, list):
+        if schema.get("x-kubernetes-list-type") == "set":
+            return live + [item for item in config if item not in live]
+        if schema.get("x-kubernetes-list-map-keys"):
+            items = {_item_key(item, schema): item for item in live}
+            for item in config:
+                key = _item_key(item, schema)
+                items[key] = _merged(items.get(key), item, schema.get("items", {}))
+            return list(items.values())
+    return config
+
+
+def _printed(path: FieldPath) -> str:
+    """A field path as the API server prints it: `.spec.ports[port=80].name`."""
+    text = ""
+    for step in path:
+        kind, _, name = step.partition(":")
+        if kind == "f":
+            text += f".{name}"
+        elif kind == "k":
+            keys = (f"{k}={json.dumps(v)}" for k, v in json.loads(name).items())
+            text += f"[{','.join(keys)}]"
+        else:
+            text += f"[={name}]"
+    return text
+
+
+def _holder(entry: Object) -> str:
+    """A field manager as a conflict names it."""
+    named = f'"{entry["manager"]}"'
+    if subresource := entry.get("subresource"):
+        named += f' with subresource "{subresource}"'
+    if entry.get("operation") == "Update":
+        named += f" using {entry.get('apiVersion')}"
+        named += f" at {entry['time']}" if entry.get("time") else ""
+    return named
+
+
+def _conflict_text(conflicts: list[tuple[Object, FieldPath]]) -> str:
+    if len(conflicts) == 1:
+        entry, path = conflicts[0]
+        return f"Apply failed with 1 conflict: conflict with {_holder(entry)}: {_printed(path)}"
+    lines = []
+    for holder in sorted({_holder(entry) for entry, _ in conflicts}):
+        lines.append(f"conflicts with {holder}:")
+        lines += [f"- {_printed(path)}" for entry, path in conflicts if _holder(entry) == holder]
+    return f"Apply failed with {len(conflicts)} conflicts: " + "\n".join(lines)
+
+
+# The API server
+
+
+class ApiError(Exception):
+    """An error status of the API server; `reason` is a metav1.StatusReason or `NoMatch`."""
+
+    def __init__(self, reason: str, message: str, resource: str = "") -> None:
+        super().__init__(message)
+        self.reason, self.resource = reason, resource
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """How the API serves a kind."""
+
+    group: str
+    kind: str
+    plural: str
+    namespaced: bool
+
+    @property
+    def named(self) -> str:
+        """`deployments.apps`, as errors and conflicts name it."""
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+    @property
+    def kind_group(self) -> str:
+        """`Deployment.apps`."""
+        return f"{self.kind}.{self.group}" if self.group else self.kind
+
+
+CLUSTER_SCOPED = words(
+    """APIService CertificateSigningRequest ClusterRole ClusterRoleBinding ClusterTrustBundle
+    ComponentStatus CSIDriver CSINode CustomResourceDefinition DeviceClass FlowSchema IngressClass
+    IPAddress MutatingWebhookConfiguration Namespace Node PersistentVolume PriorityClass
+    PriorityLevelConfiguration RuntimeClass SelfSubjectReview ServiceCIDR StorageClass
+    StorageVersion StorageVersionMigration TokenReview ValidatingAdmissionPolicy
+    ValidatingAdmissionPolicyBinding ValidatingWebhookConfiguration VolumeAttachment
+    VolumeAttributesClass"""
+)
+_WITH_GENERATION = words(
+    """CronJob CustomResourceDefinition DaemonSet Deployment Ingress IngressClass Job NetworkPolicy
+    PodDisruptionBudget ReplicaSet StatefulSet"""
+)
+_CRD = "CustomResourceDefinition.apiextensions.k8s.io"
+
+
+def _group(api_version: str) -> str:
+    return api_version.rpartition("/")[0]
+
+
+def _plural(kind: str) -> str:
+    name = kind.lower()
+    if name.endswith(("s", "x", "ch")):
+        return name if name == "endpoints" else name + "es"
+    return name[:-1] + "ies" if name.endswith("y") and name[-2] not in "aeiou" else name + "s"
+
+
+# The objects that every cluster has (kubernetes/pkg/controlplane/controller/systemnamespaces).
+_SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+
+
+class ApiServer:
+    """A cluster's make-believe API server over the files of its world.
+
+    Objects are dicts in Kubernetes' own form. Admission, validation and defaulting cover what the
+    stacks of this project use; a schema that does not fit is refused before it comes here.
+    """
+
+    def __init__(self, world: World, cluster: str) -> None:
+        self.world, self.cluster = world, cluster
+        if world.get(self._file("Namespace", "", "default")) is None:
+            for name in _SYSTEM_NAMESPACES:
+                namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+                try:
+                    self.create(namespace, "kube-apiserver")
+                except ApiError as error:
+                    # Another provider of the same stack was faster.
+                    if error.reason != "AlreadyExists":
+                        raise
+
+    def _file(self, kind_group: str, namespace: str, name: str) -> str:
+        return f"{self.cluster}/{namespace or '_cluster'}/{kind_group}/{name}"
+
+    def _key(self, obj: Object) -> str:
+        resource = self.resource(obj["apiVersion"], obj["kind"])
+        metadata = obj["metadata"]
+        namespace = (metadata.get("namespace") or "default") if resource.namespaced else ""
+        return self._file(resource.kind_group, namespace, metadata["name"])
+
+    def resource(self, api_version: str, kind: str) -> Resource:
+        """How a kind is served. Raises NoMatch for one that is not."""
+        group = _group(api_version)
+        if (api_version, kind) in kinds():
+            return Resource(group, kind, _plural(kind), kind not in CLUSTER_SCOPED)
+        for _, crd in self.world.list(f"{self.cluster}/_cluster/{_CRD}"):
+            spec = crd["spec"]
+            served = {f"{group}/{v['name']}" for v in spec["versions"] if v.get("served")}
+            if spec["group"] == group and spec["names"]["kind"] == kind and api_version in served:
+                namespaced = spec.get("scope") == "Namespaced"
+                return Resource(group, kind, spec["names"]["plural"], namespaced)
+        message = f'no matches for kind "{kind}" in version "{api_version}"'
+        raise ApiError("NoMatch", message)
+
+    def get(self, obj: Object) -> Object:
+        """The live object with this one's kind, namespace and name. Raises NotFound."""
+        live = self.world.get(self._key(obj))
+        if live is None:
+            resource = self.resource(obj["apiVersion"], obj["kind"])
+            self._not_found(resource.named, obj["metadata"]["name"])
+        return live
+
+    def _not_found(self, resource: str, name: str) -> NoReturn:
+        raise ApiError("NotFound", f'{resource} "{name}" not found', resource)
+
+    def create(self, obj: Object, manager: str, dry_run: bool = False) -> Object:
+        """POST. Raises NotFound (no namespace), Invalid, AlreadyExists."""
+        obj = self._admitted(obj)
+        key, resource = self._key(obj), self.resource(obj["apiVersion"], obj["kind"])
+        entry = _entry(obj, manager, "Update", _owned_fields(obj, update=True))
+        obj["metadata"]["managedFields"] = [entry] if entry["fieldsV1"] else []
+        self._stamp(obj)
+        taken = ApiError(
+            "AlreadyExists", f'{resource.named} "{obj["metadata"]["name"]}" already exists'
+        )
+        if dry_run:
+            del obj["metadata"]["resourceVersion"]
+            if self.world.get(key) is not None:
+                raise taken
+            return obj
+        try:
+            self.world.create(key, obj)
+        except Exists:
+            raise taken from None
+        return obj
+
+    def apply(self, obj: Object, manager: str, force: bool, dry_run: bool = False) -> Object:
+        """Server-side apply, which makes an absent object. Raises Conflict, Invalid, NotFound."""
+        live = self.world.get(self._key(obj))
+        if live is None:
+            live = {"apiVersion": obj["apiVersion"], "kind": obj["kind"], "metadata": {}}
+        entries = live["metadata"].get("managedFields", [])
+        before: set[FieldPath] = set()
+        others: list[tuple[Object, set[FieldPath]]] = []
+        for entry in entries:
+            held = set(paths(entry.get("fieldsV1", {})))
+            if entry["manager"] == manager and entry["operation"] == "Apply":
+                before |= held
+            else:
+                others.append((entry, held))
+        fields = _owned_fields(obj, update=False)
+        mine = set(paths(fields))
+        conflicts = [
+            (entry, path)
+            for path in sorted(mine)
+            for entry, held in others
+            if path in held and path[-1][0] == "f" and value_at(live, path) != value_at(obj, path)
+        ]
+        if conflicts and not force:
+            raise ApiError("Conflict", _conflict_text(conflicts))
+        lost = {path for _, path in conflicts}
+        kept = mine.union(*(held for _, held in others))
+        merged = _merged(live, obj, schema_of(obj))
+        merged["metadata"] = dict(merged["metadata"])
+        for path in sorted(before - mine, key=len, reverse=True):
+            if not any(other[: len(path)] == path for other in kept):
+                remove_at(merged, path)
+        managed = [{**e, "fieldsV1": _trie(held - lost)} for e, held in others if held - lost]
+        managed.append(_entry(obj, manager, "Apply", fields))
+        managed.sort(key=lambda entry: (entry["operation"], entry.get("time", "")))
+        merged["metadata"]["managedFields"] = managed
+        return self._write(merged, live, dry_run)
+
+    def replace(self, obj: Object, manager: str, dry_run: bool = False) -> Object:
+        """PUT, which takes the place of the live object as a whole."""
+        live = self.get(obj)
+        fields = _owned_fields(obj, update=True)
+        carried = {k: live["metadata"][k] for k in ("uid", "creationTimestamp", "generation")}
+        metadata = {
+            **obj["metadata"],
+            **carried,
+            "managedFields": [_entry(obj, manager, "Update", fields)],
+        }
+        return self._write({**obj, "metadata": metadata}, live, dry_run)
+
+    def take_over(self, obj: Object, managers: set[tuple[str, str]], manager: str) -> None:
+        """Give an Apply manager what the (manager, operation) pairs own."""
+        live = self.get(obj)
+        taken: set[FieldPath] = set()
+        rest = []
+        for entry in live["metadata"].get("managedFields", []):
+            name = entry["manager"], entry["operation"]
+            if name in managers or name == (manager, "Apply"):
+                taken |= set(paths(entry.get("fieldsV1", {})))
+            else:
+                rest.append(entry)
+        if taken:
+            rest.insert(0, _entry(live, manager, "Apply", _trie(taken)))
+            live["metadata"]["managedFields"] = rest
+            self.world.put(self._key(live), live)
+
+    def delete(self, obj: Object) -> bool:
+        """DELETE; with a Namespace goes all that it holds. Returns whether it was there."""
+        if obj["kind"] == "Namespace":
+            for key, _ in list(self.world.list(f"{self.cluster}/{obj['metadata']['name']}")):
+                self.world.delete(key)
+        return self.world.delete(self._key(obj))
+
+    def _write(self, obj: Object, live: Object, dry_run: bool) -> Object:
+        made = "uid" not in live["metadata"]
+        obj = self._admitted(obj)
+        if not made and (faults := list(_immutable_faults(live, obj))):
+            self._invalid(obj, faults)
+        if obj.get("spec") != live.get("spec") and "generation" in live["metadata"]:
+            obj["metadata"]["generation"] = live["metadata"]["generation"] + 1
+        version = live["metadata"].get("resourceVersion")
+        self._stamp(obj)
+        if dry_run:
+            obj["metadata"].pop("resourceVersion")
+            if version is not None:
+                obj["metadata"]["resourceVersion"] = version
+        else:
+            self.world.put(self._key(obj), obj)
+        return obj
+
+    def _admitted(self, obj: Object) -> Object:
+        """A copy of the object in its namespace, defaulted and valid."""
+        resource = self.resource(obj["apiVersion"], obj["kind"])
+        obj = _with_defaults(encoded(copied(obj)))
+        metadata = obj["metadata"]
+        if resource.namespaced:
+            namespace = metadata.setdefault("namespace", "default")
+            if self.world.get(self._file("Namespace", "", namespace)) is None:
+                self._not_found("namespaces", namespace)
+        else:
+            metadata.pop("namespace", None)
+        if faults := list(_object_faults(obj)):
+            self._invalid(obj, faults)
+        return obj
+
+    def _invalid(self, obj: Object, faults: list[str]) -> NoReturn:
+        named = self.resource(obj["apiVersion"], obj["kind"]).kind_group
+        listed = faults[0] if len(faults) == 1 else f"[{', '.join(faults)}]"
+        message = f'{named} "{obj["metadata"]["name"]}" is invalid: {listed}'
+        raise ApiError("Invalid", message)
+
+    def _stamp(self, obj: Object) -> None:
+        """Fill in what only the API server sets."""
+        metadata = obj["metadata"]
+        metadata.setdefault("uid", str(uuid.uuid4()))
+        metadata.setdefault("creationTimestamp", _now())
+        if obj["kind"] in _WITH_GENERATION or obj["apiVersion"] not in known_versions():
+            metadata.setdefault("generation", 1)
+        metadata["resourceVersion"] = str(time.time_ns() // 1000)
+        if obj["kind"] == "Namespace" and obj["apiVersion"] == "v1":
+            obj.setdefault("spec", {}).setdefault("finalizers", ["kubernetes"])
+        elif obj["kind"] == "Service" and obj["apiVersion"] == "v1":
+            self._allocate(obj)
+        if (status := _FIRST_STATUS.get(obj["kind"])) is not None:
+            obj.setdefault("status", dict(status))
+
+    def _allocate(self, service: Object) -> None:
+        spec = service["spec"]
+        if spec["type"] == "ExternalName":
+            return
+        high, low = hashlib.sha256(service["metadata"]["uid"].encode()).digest()[:2]
+        address = spec.setdefault("clusterIP", f"10.43.{high}.{max(low, 1)}")
+        spec.setdefault("clusterIPs", [address])
+        spec.setdefault("ipFamilies", ["IPv4"])
+        spec.setdefault("ipFamilyPolicy", "SingleStack")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _entry(obj: Object, manager: str, operation: str, fields: Object) -> Object:
+    return {
+        "apiVersion": obj["apiVersion"],
+        "fieldsType": "FieldsV1",
+        "fieldsV1": fields,
+        "manager": manager,
+        "operation": operation,
+        "time": _now(),
+    }
+
+
+def is_secret(obj: Object) -> bool:
+    return obj.get("kind") == "Secret" and obj.get("apiVersion") == "v1"
+
+
+def encoded(obj: Object) -> Object:
+    """A Secret with its stringData as data, as the API server stores it. In place."""
+    if is_secret(obj) and obj.get("stringData"):
+        data = dict(obj.get("data") or {})
+        for key, text in obj.pop("stringData").items():
+            data[key] = base64.b64encode(text.encode()).decode()
+        obj["data"] = data
+    return obj
+
+
+# Defaulting (kubernetes/pkg/apis/*/v1/defaults.go), for what the stacks declare
+
+_FIRST_STATUS: dict[str, Object] = yaml.safe_load("""
+Namespace: {phase: Active}
+Deployment: {}
+StatefulSet: {}
+DaemonSet: {}
+Job: {}
+CronJob: {}
+Service: {loadBalancer: {}}
+Ingress: {loadBalancer: {}}
+PersistentVolumeClaim: {phase: Pending}
+""")
+_DEFAULTS: dict[str, Object] = yaml.safe_load("""
+Secret: {type: Opaque}
+Service: {spec: {type: ClusterIP, sessionAffinity: None}}
+Deployment:
+  spec:
+    progressDeadlineSeconds: 600
+    replicas: 1
+    revisionHistoryLimit: 10
+    strategy: {type: RollingUpdate}
+StatefulSet:
+  spec:
+    podManagementPolicy: OrderedReady
+    replicas: 1
+    revisionHistoryLimit: 10
+    updateStrategy: {type: RollingUpdate}
+DaemonSet: {spec: {revisionHistoryLimit: 10, updateStrategy: {type: RollingUpdate}}}
+Job:
+  spec:
+    backoffLimit: 6
+    completionMode: NonIndexed
+    completions: 1
+    parallelism: 1
+    suspend: false
+CronJob:
+  spec:
+    concurrencyPolicy: Allow
+    failedJobsHistoryLimit: 1
+    successfulJobsHistoryLimit: 3
+    suspend: false
+PersistentVolumeClaim: {spec: {volumeMode: Filesystem}}
+NetworkPolicy: {spec: {policyTypes: [Ingress]}}
+StorageClass: {reclaimPolicy: Delete, volumeBindingMode: Immediate}
+""")
+_POD_DEFAULTS: Object = {
+    "dnsPolicy": "ClusterFirst",
+    "restartPolicy": "Always",
+    "schedulerName": "default-scheduler",
+    "securityContext": {},
+    "terminationGracePeriodSeconds": 30,
+}
+_CONTAINER_DEFAULTS: Object = {
+    "resources": {},
+    "terminationMessagePath": "/dev/termination-log",
+    "terminationMessagePolicy": "File",
+}
+_POD_SPECS: dict[str, tuple[str, ...]] = {
+    "CronJob": ("spec", "jobTemplate", "spec", "template", "spec"),
+    "DaemonSet": ("spec", "template", "spec"),
+    "Deployment": ("spec", "template", "spec"),
+    "Job": ("spec", "template", "spec"),
+    "Pod": ("spec",),
+    "ReplicaSet": ("spec", "template", "spec"),
+    "StatefulSet": ("spec", "template", "spec"),
+}
+
+
+def _fill(obj: Object, defaults: Object) -> None:
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(obj.get(key), dict):
+            _fill(obj[key], value)
+        else:
+            obj.setdefault(key, copied(value))
+
+
+def _pod_spec(obj: Object) -> Object | None:
+    spec: Any = obj
+    for key in _POD_SPECS.get(obj["kind"], ("",)):
+        spec = spec.get(key) if isinstance(spec, dict) else None
+    return spec if isinstance(spec, dict) else None
+
+
+def _with_defaults(obj: Object) -> Object:
+    if obj["apiVersion"] not in known_versions():
+        return obj
+    kind = obj["kind"]
+    _fill(obj, _DEFAULTS.get(kind, {}))
+    spec = obj.get("spec", {})
+    if kind == "Namespace":
+        name = {"kubernetes.io/metadata.name": obj["metadata"]["name"]}
+        obj["metadata"]["labels"] = {**obj["metadata"].get("labels", {}), **name}
+    elif kind == "Deployment" and spec["strategy"]["type"] == "RollingUpdate":
+        rolling = {"maxSurge": "25%", "maxUnavailable": "25%"}
+        _fill(spec["strategy"], {"rollingUpdate": rolling})
+    elif kind == "Service":
+        if spec["type"] != "ExternalName":
+            spec.setdefault("internalTrafficPolicy", "Cluster")
+        for port in spec.get("ports", ()):
+            _fill(port, {"protocol": "TCP", "targetPort": port.get("port")})
+    pod = _pod_spec(obj)
+    if pod is not None:
+        _fill(pod, _POD_DEFAULTS)
+        for container in itertools.chain(
+            pod.get("initContainers") or (), pod.get("containers") or ()
+        ):
+            _default_container(container)
+    return obj
+
+
+def _default_container(container: Object) -> None:
+    _fill(container, _CONTAINER_DEFAULTS)
+    image = container.get("image", "").split("@")[0].rsplit("/", 1)[-1]
+    floating = "@" not in container.get("image", "") and image.partition(":")[2] in ("", "latest")
+    container.setdefault("imagePullPolicy", "Always" if floating else "IfNotPresent")
+    for port in container.get("ports") or ():
+        port.setdefault("protocol", "TCP")
+
+
+# Validation (kubernetes/pkg/apis/*/validation), for what the stacks declare
+
+_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_NAMES: dict[str, tuple[str, int, str]] = {
+    "subdomain": (
+        rf"{_LABEL}(\.{_LABEL})*",
+        253,
+        "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' "
+        "or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex "
+        f"used for validation is '{_LABEL}(\\.{_LABEL})*')",
+    ),
+    "label": (
+        _LABEL,
+        63,
+        "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and "
+        "must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex "
+        f"used for validation is '{_LABEL}')",
+    ),
+    "dns-1035": (
+        "[a-z]([-a-z0-9]*[a-z0-9])?",
+        63,
+        "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an "
+        "alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or "
+        "'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')",
+    ),
+    "path": (r"(?!\.{1,2}$)[^/%]+", 253, "may not be '.' or '..' and may not contain '/' or '%'"),
+}
+_NAME_RULES = {
+    "Namespace": "label",
+    "Service": "dns-1035",
+    **dict.fromkeys(("Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"), "path"),
+}
+_LABEL_VALUE = re.compile("(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
+_DATA_KEY = re.compile("[-._a-zA-Z0-9]+")
+_SECRET_KEYS: dict[str, tuple[str, ...]] = {
+    "kubernetes.io/dockerconfigjson": (".dockerconfigjson",),
+    "kubernetes.io/dockercfg": (".dockercfg",),
+    "kubernetes.io/tls": ("tls.crt", "tls.key"),
+    "kubernetes.io/ssh-auth": ("ssh-privatekey",),
+}
+_DATA_BYTES = 1024 * 1024
+
+
+def _name_faults(name: str, rule: str, path: str) -> Iterator[str]:
+    pattern, length, reason = _NAMES[rule]
+    if not re.fullmatch(pattern, name):
+        yield f'{path}: Invalid value: "{name}": {reason}'
+    if len(name) > length:
+        yield f'{path}: Invalid value: "{name}": must be no more than {length} characters'
+
+
+def _object_faults(obj: Object) -> Iterator[str]:
+    """Why the API server calls an object invalid. Secret values are never quoted."""
+    metadata, kind = obj["metadata"], obj["kind"]
+    yield from _name_faults(
+        metadata.get("name", ""), _NAME_RULES.get(kind, "subdomain"), "metadata.name"
+    )
+    yield from _label_faults(metadata.get("labels"), "metadata.labels")
+    if obj["apiVersion"] not in known_versions():
+        return
+    if kind in ("Secret", "ConfigMap"):
+        yield from _data_faults(obj)
+    elif kind == "Service":
+        spec = obj.get("spec", {})
+        if not (spec.get("ports") or spec["type"] == "ExternalName" or headless(obj)):
+            yield "spec.ports: Required value"
+    elif kind == "CustomResourceDefinition":
+        spec = obj["spec"]
+        wanted = f"{spec['names']['plural']}.{spec['group']}"
+        if metadata["name"] != wanted:
+            yield (
+                f'metadata.name: Invalid value: "{metadata["name"]}": must be spec.names.plural+"."'
+                "+spec.group"
+            )
+    pod = _pod_spec(obj)
+    if pod is not None:
+        yield from _pod_faults(pod, ".".join(_POD_SPECS[kind]))
+        if kind in ("Job", "CronJob") and pod["restartPolicy"] not in ("OnFailure", "Never"):
+            path = ".".join(_POD_SPECS[kind])
+            yield f'{path}.restartPolicy: Required value: valid values: "OnFailure", "Never"'
+    if kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet"):
+        labels = obj["spec"]["template"].get("metadata", {}).get("labels") or {}
+        yield from _label_faults(labels, "spec.template.metadata.labels")
+        selected = (obj["spec"].get("selector") or {}).get("matchLabels") or {}
+        if not selected.items() <= labels.items():
+            yield (
+                f"spec.template.metadata.labels: Invalid value: {json.dumps(labels)}: `selector` "
+                "does not match template `labels`"
+            )
+
+
+def _label_faults(labels: Object | None, path: str) -> Iterator[str]:
+    for value in (labels or {}).values():
+        if len(value) > 63:
+            yield f'{path}: Invalid value: "{value}": must be no more than 63 characters'
+        elif not _LABEL_VALUE.fullmatch(value):
+            yield (
+                f'{path}: Invalid value: "{value}": a valid label must be an empty string or '
+                "consist of alphanumeric characters, '-', '_' or '.', and must start and end with "
+                "an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex "
+                f"used for validation is '{_LABEL_VALUE.pattern}')"
+            )
+
+
+def _data_faults(obj: Object) -> Iterator[str]:
+    total = 0
+    values: dict[str, bytes] = {}
+    encoded = obj.get("data" if obj["kind"] == "Secret" else "binaryData") or {}
+    for key, text in encoded.items():
+        try:
+            values[key] = base64.b64decode(text, validate=True)
+        except binascii.Error:
+            named = obj["kind"]
+            message = f'{named} in version "v1" cannot be handled as a {named}: '
+            raise ApiError("BadRequest", f"{message}illegal base64 data in data.{key}") from None
+    if obj["kind"] == "ConfigMap":
+        values |= {key: text.encode() for key, text in (obj.get("data") or {}).items()}
+    for key, value in values.items():
+        total += len(value)
+        if not _DATA_KEY.fullmatch(key) or key in (".", ".."):
+            yield (
+                f'data[{key}]: Invalid value: "{key}": a valid config key must consist of '
+                "alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or "
+                f"'key-name', regex used for validation is '{_DATA_KEY.pattern}')"
+            )
+    if total > _DATA_BYTES:
+        yield f"data: Too long: may not be more than {_DATA_BYTES} bytes"
+    of = obj.get("type", "")
+    for key in _SECRET_KEYS.get(of, ()):
+        if key not in values:
+            yield f"data[{key}]: Required value"
+        elif of.startswith("kubernetes.io/dockerc") and not _is_json(values[key]):
+            yield f'data[{key}]: Invalid value: "<secret contents redacted>": not valid JSON'
+    if of == "kubernetes.io/basic-auth" and not values.keys() & {"username", "password"}:
+        yield "data[username]: Required value, data[password]: Required value"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _pod_faults(pod: Object, path: str) -> Iterator[str]:
+    if not pod.get("containers"):
+        yield f"{path}.containers: Required value"
+    volumes = {volume.get("name") for volume in pod.get("volumes") or ()}
+    seen: set[str] = set()
+    for index, container in enumerate(pod.get("containers") or ()):
+        at, name = f"{path}.containers[{index}]", container.get("name", "")
+        yield from _name_faults(name, "label", f"{at}.name")
+        if name in seen:
+            yield f'{at}.name: Duplicate value: "{name}"'
+        seen.add(name)
+        if not container.get("image"):
+            yield f"{at}.image: Required value"
+        for number, port in enumerate(container.get("ports") or ()):
+            if not 1 <= port["containerPort"] <= 65535:
+                value = f"Invalid value: {port['containerPort']}"
+                yield f"{at}.ports[{number}].containerPort: {value}: must be between 1 and 65535"
+        for number, mount in enumerate(container.get("volumeMounts") or ()):
+            if mount.get("name") not in volumes:
+                yield f'{at}.volumeMounts[{number}].name: Not found: "{mount.get("name")}"'
+
+
+_STATEFUL_ADJUSTABLE = {
+    "replicas",
+    "ordinals",
+    "template",
+    "updateStrategy",
+    "revisionHistoryLimit",
+    "persistentVolumeClaimRetentionPolicy",
+    "minReadySeconds",
+}
+_FORBIDDEN_STATEFUL = (
+    "spec: Forbidden: updates to statefulset spec for fields other than 'replicas', 'ordinals', "
+    "'template', 'updateStrategy', 'revisionHistoryLimit', 'persistentVolumeClaimRetentionPolicy' "
+    "and 'minReadySeconds' are forbidden"
+)
+_FORBIDDEN_CLAIM = (
+    "spec: Forbidden: spec is immutable after creation except resources.requests and "
+    "volumeAttributesClassName for bound claims"
+)
+# Field by kind: what no update may change.
+_FIXED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "Secret": (("type",),),
+    "Deployment": (("spec", "selector"),),
+    "DaemonSet": (("spec", "selector"),),
+    "ReplicaSet": (("spec", "selector"),),
+    "Job": (("spec", "selector"), ("spec", "template"), ("spec", "completions")),
+    "Service": (("spec", "clusterIP"),),
+    "RoleBinding": (("roleRef",),),
+    "ClusterRoleBinding": (("roleRef",),),
+    "StorageClass": (("provisioner",), ("parameters",), ("reclaimPolicy",), ("volumeBindingMode",)),
+}
+
+
+def headless(service: Object) -> bool:
+    return service.get("spec", {}).get("clusterIP") == "None"
+
+
+def _immutable_faults(old: Object, new: Object) -> Iterator[str]:
+    kind = new["kind"]
+    if new["apiVersion"] not in known_versions():
+        return
+    for path in _FIXED.get(kind, ()):
+        steps = tuple(f"f:{step}" for step in path)
+        if value_at(old, steps) != value_at(new, steps):
+            yield f"{'.'.join(path)}: Invalid value: field is immutable"
+    if old.get("immutable") and old.get("data") != new.get("data"):
+        yield "data: Forbidden: field is immutable when `immutable` is set"
+    before, after = dict(old.get("spec") or {}), dict(new.get("spec") or {})
+    if kind == "StatefulSet":
+        for adjustable in _STATEFUL_ADJUSTABLE:
+            before.pop(adjustable, None)
+            after.pop(adjustable, None)
+        if before != after:
+            yield _FORBIDDEN_STATEFUL
+    elif kind == "PersistentVolumeClaim":
+        for spec in (before, after):
+            spec.pop("resources", None)
+            spec.pop("volumeAttributesClassName", None)
+        if before != after:
+            yield _FORBIDDEN_CLAIM
+
+
+# Objects between Pulumi and Kubernetes
+
+_READ_ONLY_METADATA = (
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "generation",
+    "managedFields",
+    "resourceVersion",
+    "uid",
+)
+_DASHED = {
+    f"x_kubernetes_{name}": f"x-kubernetes-{name.replace('_', '-')}"
+    for name in (
+        "embedded_resource",
+        "int_or_string",
+        "list_map_keys",
+        "list_type",
+        "map_type",
+        "preserve_unknown_fields",
+        "validations",
+    )
+}
+_UNDERSCORED = {dashed: name for name, dashed in _DASHED.items()}
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+    return [_renamed(item, names) for item in value] if isinstance(value, list) else value
+
+
+def _is_crd(obj: Object) -> bool:
+    return obj.get("kind") == "CustomResourceDefinition" and str(obj.get("apiVersion")).startswith(
+        "apiextensions.k8s.io/"
+    )
+
+
+def _object(properties: Properties) -> Object:
+    """The Kubernetes object that a property map stands for: no secret marks, dashed schema keys."""
+    obj = plain(properties)
+    return _renamed(obj, _DASHED) if _is_crd(obj) else obj
+
+
+def _normalized(obj: Object) -> Object:
+    """The object in the form in which it is compared (provider.go, normalizeInputs). In place."""
+    if not has_unknown(obj):
+        encoded(obj)
+        if _is_crd(obj):
+            obj.pop("status", None)
+            if obj.get("spec", {}).get("preserveUnknownFields") is False:
+                del obj["spec"]["preserveUnknownFields"]
+    metadata = obj.get("metadata")
+    if isinstance(metadata, dict):
+        for key in _READ_ONLY_METADATA:
+            metadata.pop(key, None)
+    return obj
+
+
+def _marked(out: Properties, like: Properties) -> Properties:
+    """Lay the secret marks of one property map on another (provider.go, annotateSecrets). In place.
+
+    A Secret's data is always secret; elsewhere the value of a key that holds a secret becomes one
+    as a whole, except that maps are gone into.
+    """
+    if out.get("kind") == "Secret":
+        for key in ("data", "stringData"):
+            if key in out and not isinstance(out[key], Secret):
+                out[key] = Secret(out[key])
+        return out
+    for key, value in like.items():
+        held = out.get(key, MISSING)
+        if held is MISSING:
+            continue
+        if isinstance(held, dict) and isinstance(value, dict):
+            _marked(held, value)
+        elif not isinstance(held, Secret) and has_secret(value):
+            out[key] = Secret(held)
+    return out
+
+
+def _checkpoint(inputs: Object, live: Object, like: Properties, manager: str) -> Properties:
+    """The state that the engine keeps: the live object, and in `__inputs` what made it."""
+    inputs, live = copied(inputs), copied(live)
+    if _is_crd(live):
+        inputs, live = _renamed(inputs, _UNDERSCORED), _renamed(live, _UNDERSCORED)
+    state = _marked(live, like)
+    state["__inputs"] = _marked(inputs, like)
+    state["__initialApiVersion"] = live["apiVersion"]
+    state["__fieldManager"] = manager
+    return state
+
+
+def _parsed(state: Properties) -> tuple[Object, Object]:
+    """Inputs and live object of a checkpoint."""
+    live = {key: value for key, value in state.items() if not key.startswith("__")}
+    return _object(reveal(state.get("__inputs")) or {}), _object(live)
+
+
+def _pruned(source: Any, shape: Any) -> Any:
+    """What of the source has a place in the shape (util.go, pruneMap)."""
+    if isinstance(source, dict) and isinstance(shape, dict):
+        return {k: _pruned(source[k], shape[k]) for k in source if k in shape}
+    if isinstance(source, list) and isinstance(shape, list):
+        return [_pruned(a, b) for a, b in zip(source, shape, strict=False)]
+    return source
+
+
+def _full_name(obj: Object) -> str:
+    namespace = obj["metadata"].get("namespace")
+    return f"{namespace}/{obj['metadata']['name']}" if namespace else obj["metadata"]["name"]
+
+
+def _annotation(obj: Object, name: str) -> str:
+    metadata = obj.get("metadata")
+    annotations = metadata.get("annotations") if isinstance(metadata, dict) else None
+    value = annotations.get(f"pulumi.com/{name}") if isinstance(annotations, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+# Differences (provider.go, convertPatchToDiff; diff.go)
+
+_FORCE_NEW: dict[str, Object] = yaml.safe_load("""
+apps/v1:
+  DaemonSet: [spec.selector]
+  Deployment: [spec.selector]
+  StatefulSet:
+    - spec.podManagementPolicy
+    - spec.revisionHistoryLimit
+    - spec.selector
+    - spec.serviceName
+    - spec.volumeClaimTemplates
+batch/v1:
+  Job: [spec.completions, spec.parallelism, spec.selector, spec.template]
+rbac.authorization.k8s.io/v1:
+  ClusterRoleBinding: [roleRef]
+  RoleBinding: [roleRef]
+storage.k8s.io/v1:
+  StorageClass: [parameters, provisioner]
+v1:
+  PersistentVolume:
+    [spec.csi, spec.fc, spec.flexVolume, spec.hostPath, spec.iscsi, spec.local, spec.nfs, spec.rbd]
+  PersistentVolumeClaim: [spec.accessModes, spec.selector, spec.storageClassName, spec.volumeName]
+  ResourceQuota: [spec.scopes]
+  Secret: [type]
+  Service: [spec.clusterIP]
+""")
+_IDENTITY = ("metadata.name", "metadata.namespace")
+
+
+Path_ = tuple[str | int, ...]
+
+
+def _changes(old: Any, new: Any, path: Path_ = ()) -> Iterator[tuple[Path_, DiffKind, Any]]:
+    """Where new inputs differ from the pruned live object: (path, kind, new value)."""
+    if new is UNKNOWN:
+        yield path, "ADD" if old is MISSING else "UPDATE", None
+    elif new is MISSING:
+        yield path, "DELETE", None
+    elif old is MISSING:
+        yield path, "ADD", new
+    elif isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key, MISSING), new.get(key, MISSING), (*path, key))
+    elif isinstance(old, list) and isinstance(new, list):
+        for index in range(max(len(old), len(new))):
+            before = old[index] if index < len(old) else MISSING
+            after = new[index] if index < len(new) else MISSING
+            yield from _changes(before, after, (*path, index))
+    elif old != new or isinstance(old, bool) != isinstance(new, bool):
+        yield path, "DELETE" if new is None else "UPDATE", new
+
+
+def _forces(path: Path_, value: Any, field: str) -> bool:
+    """Whether a change at the path, to this value, reaches a field such as `spec.selector`."""
+    steps = tuple(field.split("."))
+    if path[: len(steps)] != steps[: len(path)]:
+        return False
+    for step in steps[len(path) :]:
+        if not isinstance(value, dict) or step not in value:
+            return False
+        value = value[step]
+    return True
+
+
+def _detailed(
+    changes: Iterable[tuple[Path_, DiffKind, Any]], forced: Iterable[str]
+) -> dict[Path_, DiffKind]:
+    replacing: dict[DiffKind, DiffKind] = {
+        "ADD": "ADD_REPLACE",
+        "DELETE": "DELETE_REPLACE",
+        "UPDATE": "UPDATE_REPLACE",
+    }
+    return {
+        path: replacing[kind] if any(_forces(path, value, field) for field in forced) else kind
+        for path, kind, value in changes
+    }
+
+
+def _written(path: Path_) -> str:
+    return functools.reduce(property_path, path, "")
+
+
+def _read_path(text: str) -> Path_:
+    """A property path of ignoreChanges: `a.b[0]["x.y"].*`."""
+    steps = re.findall(r'\["((?:[^"\\]|\\.)*)"\]|\[(\d+|\*)\]|([^.\[\]]+)', text)
+    return tuple(
+        int(index) if index.isdigit() else (quoted or index or name)
+        for quoted, index, name in steps
+    )
+
+
+def _covers(ignored: Path_, path: Path_) -> bool:
+    return len(ignored) <= len(path) and all(
+        a in ("*", b) for a, b in zip(ignored, path, strict=False)
+    )
+
+
+# The provider
+
+_RELEASE = "kubernetes:helm.sh/v3:Release"
+_CHARTS = Path(__file__).parents[1] / "charts.json"
+_UPSERT_HELP = """
+
+The resource already exists in the cluster. This can happen when:
+
+  - Renaming a Pulumi resource: use an alias to preserve the identity,
+    or use deleteBeforeReplace if the resource needs replacement.
+  - Managing an existing resource: use a Patch resource (e.g. NamespacePatch)
+    to manage specific fields without owning the resource lifecycle.
+  - Adopting a resource into Pulumi: use `pulumi import`. Note that
+    protected resources (e.g. kube-system) cannot be deleted on destroy.
+  - Intentional upsert: set upsertExistingObjects on the provider to allow
+    server-side apply to update existing objects on create."""
+_CONFLICT_HELP = (
+    "server-side apply field conflict detected, see https://www.pulumi.com/registry/packages/"
+    "kubernetes/how-to-guides/managing-resources-with-server-side-apply/"
+    "#handle-field-conflicts-on-existing-resources for troubleshooting help"
+)
+_NO_MATCH = (
+    "apiVersion for this resource does not exist. Verify that any required CRDs have been created: "
+)
+_UNREACHABLE_HELP = (
+    "If the cluster was deleted, you can remove this resource from Pulumi state by rerunning the "
+    'operation with the PULUMI_K8S_DELETE_UNREACHABLE environment variable set to "true"'
+)
+
+# Managers whose fields the provider takes over before an update (await.go, fixCSAFieldManagers).
+_CLIENT_SIDE = {
+    ("kubectl", "Apply"),
+    ("kubectl", "Update"),
+    ("before-first-apply", "Update"),
+    ("pulumi-kubernetes", "Update"),
+    ("pulumi-kubernetes.exe", "Update"),
+    ("pulumi-resource-kubernetes", "Update"),
+}
+_AWAITED = words(
+    """DaemonSet Deployment Ingress Job PersistentVolume PersistentVolumeClaim Pod Service
+    StatefulSet"""
+)
+_AWAITED_ON_READ = _AWAITED - {"PersistentVolume", "PersistentVolumeClaim"}
+_TIMEOUT_SECONDS = 600.0
+
+
+_NO_CLUSTER = (
+    "unable to load Kubernetes client configuration from kubeconfig file. Make sure you have: \n\n"
+    " \t • set up the provider as per "
+    "https://www.pulumi.com/registry/packages/kubernetes/installation-configuration/ \n\n "
+    "invalid configuration: no configuration has been provided, try setting KUBERNETES_MASTER "
+    "environment variable"
+)
+
+
+def _kubeconfig(value: Any) -> Object:
+    """A parsed kubeconfig; an empty one is empty. Raises ValueError."""
+    if value is None or value == "":
+        return {}
+    try:
+        config = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"yaml: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError("couldn't get version/kind; json parse error: not a kubeconfig")
+    return config
+
+
+def _context(config: Object, overrides: Properties) -> Object | None:
+    current = overrides.get("context") or config.get("current-context")
+    return next(
+        (c.get("context") or {} for c in config.get("contexts") or () if c.get("name") == current),
+        None,
+    )
+
+
+def _active_cluster(config: Object, overrides: Properties) -> Object | None:
+    """The cluster entry that a kubeconfig points at (util.go, getActiveClusterFromConfig)."""
+    context = _context(config, overrides)
+    if context is None:
+        return None
+    wanted = overrides.get("cluster") or context.get("cluster")
+    return next(
+        (c.get("cluster") or {} for c in config.get("clusters") or () if c.get("name") == wanted),
+        None,
+    )
+
+
+def cluster_id(authority: str) -> str:
+    """The world's name of the cluster with this CA certificate (base64, as a kubeconfig has it)."""
+    return hashlib.sha256(base64.b64decode(authority)).hexdigest()[:16]
+
+
+class Kubernetes(Provider):
+    """The provider: checks, differences and state as the official one, on an :class:`ApiServer`."""
+
+    package = "kubernetes"
+    version = "4.34.2"
+    configuration = {  # noqa: RUF012 - declared ClassVar by Provider
+        "acceptSecrets": True,
+        "supportsPreview": True,
+        "supports_autonaming_configuration": True,
+    }
+
+    api: ApiServer | None = None
+    """The cluster; None while it is unreachable."""
+    unreachable = "the provider is not configured"
+    default_namespace = "default"
+    secret_mutable = config_map_mutable = patch_force = upsert = False
+    delete_unreachable = skip_update_unreachable = False
+
+    # Configuration
+
+    def check_config(self, request: Request) -> Checked:
+        news = request.news
+        failures = []
+        if str(plain(news.get("strictMode"))).lower() == "true":
+            if request.name.startswith("default"):
+                failures.append(("", "strict mode prohibits default provider"))
+            failures += [
+                (key, f'strict mode requires Provider "{key}" argument')
+                for key in ("kubeconfig", "context")
+                if not plain(news.get(key))
+            ]
+        return Checked(news, failures)
+
+    def diff_config(self, request: Request) -> Diff:
+        olds, news = plain(request.olds), plain(request.news)
+        changed = sorted(
+            k for k in {**olds, **news} if olds.get(k, MISSING) != news.get(k, MISSING)
+        )
+        if not changed:
+            return Diff(changes=False, has_detailed=False)
+        identifier = "clusterIdentifier"
+        kept = identifier not in changed and bool(news.get(identifier))
+        replaces = (
+            [identifier] if identifier in changed and {*olds} & {*news} & {identifier} else []
+        )
+        unknown = [key for key in ("kubeconfig", "context", "cluster") if news.get(key) is UNKNOWN]
+        if unknown:
+            # Whether it changed cannot be told, so it counts as changed.
+            diffs, replaces = unknown[:1], replaces + unknown[:1]
+        else:
+            diffs = changed
+            replaces += [key for key in changed if key == "renderYamlToDirectory"]
+            try:
+                before = _active_cluster(_kubeconfig(olds.get("kubeconfig")), olds)
+                after = _active_cluster(_kubeconfig(news.get("kubeconfig")), news)
+            except ValueError as error:
+                raise Failure(f"failed to parse kubeconfig: {error}") from None
+            if before is not None and after is not None and before != after:
+                replaces += [k for k in ("kubeconfig", "context", "cluster") if k in changed]
+        return Diff(
+            changes=True, has_detailed=False, diffs=diffs, replaces=[] if kept else replaces
+        )
+
+    def configure(self, args: Properties) -> None:
+        args = plain(args)
+
+        def flag(name: str, default: bool = False) -> bool:
+            variable = "PULUMI_K8S_" + re.sub("(?=[A-Z])", "_", name).upper()
+            variable = variable.replace("CONFIG_MAP", "CONFIGMAP")
+            return str(args.get(name, os.environ.get(variable, default))).lower() == "true"
+
+        if not flag("enableServerSideApply", default=True) or args.get("renderYamlToDirectory"):
+            raise Failure(
+                "the rehearsal knows server-side apply only: leave out enableServerSideApply=false "
+                "and renderYamlToDirectory"
+            )
+        if not args.get("kubeconfig"):
+            raise Failure(
+                "kubeconfig is empty, which means the ambient ~/.kube/config: a rehearsal reaches "
+                "no real cluster; give the Provider a kubeconfig"
+            )
+        self.secret_mutable = flag("enableSecretMutable")
+        self.config_map_mutable = flag("enableConfigMapMutable")
+        self.patch_force = flag("enablePatchForce")
+        self.upsert = flag("upsertExistingObjects")
+        self.delete_unreachable = flag("deleteUnreachable")
+        self.skip_update_unreachable = flag("skipUpdateUnreachable")
+        try:
+            config = _kubeconfig(args["kubeconfig"])
+        except ValueError as error:
+            self.unreachable = (
+                f"failed to parse kubeconfig data in `kubernetes:config:kubeconfig`- {error}"
+            )
+            return
+        context = _context(config, args) or {}
+        self.default_namespace = args.get("namespace") or context.get("namespace") or "default"
+        cluster = self._reached(_active_cluster(config, args))
+        if cluster is not None:
+            self.api, self.unreachable = ApiServer(self.world, cluster), ""
+
+    def _reached(self, entry: Object | None) -> str | None:
+        """The world's cluster that a kubeconfig's cluster entry reaches; None says why not."""
+        server = (entry or {}).get("server", "")
+        if entry is None or not server:
+            self.unreachable = _NO_CLUSTER
+            return None
+        recorded = entry.get("insecure-skip-tls-verify") and server == "https://127.0.0.1:16443"
+        if recorded or os.environ.get("HOMELAB_REHEARSAL_CLUSTER") == "any":
+            return "default"
+        address = urlsplit(server)
+        port = address.port or 443
+        reason = f"dial tcp {address.hostname}:{port}: connect: connection refused"
+        for file in sorted((self.directory / "world/machine/clusters").glob("*.json")):
+            cluster = json.loads(file.read_text())
+            served = cluster["server"]
+            served = [served] if isinstance(served, str) else served
+            if cluster["state"] != "running" or port not in {urlsplit(s).port for s in served}:
+                continue
+            if cluster["ca"] == entry.get("certificate-authority-data"):
+                return cluster_id(cluster["ca"])
+            reason = (
+                "tls: failed to verify certificate: x509: certificate signed by unknown authority"
+            )
+        self.unreachable = (
+            "unable to load schema information from the API server: "
+            f'Get "{server}/openapi/v2?timeout=32s": {reason}'
+        )
+        return None
+
+    def _server(self) -> ApiServer:
+        if self.api is None:
+            raise Failure(f"configured Kubernetes cluster is unreachable: {self.unreachable}")
+        return self.api
+
+    # Check
+
+    def check(self, request: Request) -> Checked:
+        if self.api is None and self.skip_update_unreachable:
+            self.log(
+                "Cluster is unreachable but skipUpdateUnreachable flag is set to true, skipping...",
+                request.urn,
+                "WARNING",
+            )
+            return Checked(request.olds)
+        if request.type == _RELEASE:
+            return self._check_release(request)
+        token = request.type.rsplit(":", 1)[-1]
+        new = _object(request.news)
+        if token != new.get("kind") and token.endswith("Patch"):
+            raise Failure(f"the rehearsal knows no Patch resources: {request.type}")
+        if new.get("kind", "").endswith("List") and new.get("apiVersion") in known_versions():
+            raise Failure(
+                "list resources exist for compatibility with YAML manifests and Helm charts, and "
+                "cannot be created directly. Use the underlying resource type instead"
+            )
+        known = (new.get("apiVersion", ""), new.get("kind", "")) in kinds()
+        failures = list(schema_faults(new, schema_of(new)))
+        if not known and new.get("apiVersion") in known_versions():
+            failures.append(
+                ("", f"Kubernetes {KUBERNETES} has no {new.get('kind')} in that version")
+            )
+        if failures:
+            return Checked(request.news, failures)
+        new = _normalized(new)
+        self._name(request, new)
+        metadata = new.setdefault("metadata", {})
+        if metadata is not UNKNOWN and not metadata.get("namespace") and self._namespaced(new):
+            metadata["namespace"] = self.default_namespace
+        return Checked(_marked(new, request.news))
+
+    def _name(self, request: Request, new: Object) -> None:
+        """Name what the program did not: as before, or at random, and marked as such."""
+        metadata = new.setdefault("metadata", {})
+        if metadata is UNKNOWN or metadata.get("name"):
+            return
+        if metadata.get("generateName"):
+            raise Failure(
+                "the `.metadata.generateName` field is not supported in Server-Side Apply mode"
+            )
+        old = plain(request.olds).get("metadata") or {}
+        if request.olds:
+            if _annotation({"metadata": old}, "autonamed") != "true":
+                return
+            metadata["name"] = old["name"]
+        else:
+            digits = hashlib.sha256(request.seed or secrets.token_bytes(8)).hexdigest()[:8]
+            metadata["name"] = f"{request.name}-{digits}"
+        metadata["annotations"] = {
+            **metadata.get("annotations", {}),
+            "pulumi.com/autonamed": "true",
+        }
+
+    def _namespaced(self, obj: Object) -> bool:
+        if (obj["apiVersion"], obj["kind"]) in kinds():
+            return obj["kind"] not in CLUSTER_SCOPED
+        try:
+            return self._server().resource(obj["apiVersion"], obj["kind"]).namespaced
+        except (ApiError, Failure):
+            # Perhaps a custom resource before its definition.
+            return True
+
+    # Diff
+
+    def diff(self, request: Request) -> Diff:
+        if request.type == _RELEASE:
+            return self._diff_release(request)
+        inputs, live = _parsed(request.olds)
+        new, inputs = _normalized(_object(request.news)), _normalized(inputs)
+        old = _pruned(live, inputs)
+        old_metadata = old.setdefault("metadata", {})
+        metadata = new.setdefault("metadata", {})
+        if metadata is not UNKNOWN:
+            for part in (old_metadata, metadata):
+                if self._namespaced(new):
+                    part["namespace"] = part.get("namespace") or "default"
+                else:
+                    part.pop("namespace", None)
+            if metadata.get("name"):
+                old_metadata["name"] = live["metadata"]["name"]
+        old_metadata.pop("resourceVersion", None)
+        ignored = [_read_path(text) for text in request.ignore_changes]
+        detailed = _detailed(
+            (
+                change
+                for change in _changes(old, new)
+                if not any(_covers(path, change[0]) for path in ignored)
+            ),
+            self._force_new(new),
+        )
+        replaces = [
+            _written(path)
+            for path, kind in detailed.items()
+            if kind.endswith("REPLACE") or (kind == "DELETE" and path == ("metadata",))
+        ]
+        named_as_before = metadata is not UNKNOWN and (
+            metadata.get("name") == live["metadata"]["name"]
+            and metadata.get("namespace", "") == live["metadata"].get("namespace", "")
+        )
+        return Diff(
+            changes=bool(detailed),
+            detailed={_written(path): kind for path, kind in detailed.items()},
+            replaces=replaces,
+            delete_before_replace=bool(replaces)
+            and named_as_before
+            and _annotation(new, "autonamed") != "true",
+        )
+
+    def _force_new(self, obj: Object) -> tuple[str, ...]:
+        version, kind = obj.get("apiVersion", ""), obj.get("kind", "")
+        immutable = obj.get("immutable") is True
+        if is_secret(obj) and (not self.secret_mutable or immutable):
+            return (*_IDENTITY, "type", "stringData", "data")
+        if (version, kind) == ("v1", "ConfigMap") and (not self.config_map_mutable or immutable):
+            return (*_IDENTITY, "binaryData", "data")
+        return (*_IDENTITY, *_FORCE_NEW.get(version, {}).get(kind, ()))
+
+    # Create, update
+
+    def _manager(self, state: Properties, inputs: Object) -> str:
+        """The field manager: as annotated, as before, or at random."""
+        return (
+            _annotation(inputs, "patchFieldManager")
+            or reveal(state.get("__fieldManager"))
+            or f"pulumi-kubernetes-{secrets.token_hex(4)}"
+        )
+
+    def _served(self, obj: Object) -> bool:
+        try:
+            self._server().resource(obj["apiVersion"], obj["kind"])
+        except (ApiError, Failure):
+            return False
+        return True
+
+    def create(self, request: Request) -> tuple[str, Properties]:
+        if request.type == _RELEASE:
+            return self._create_release(request)
+        new = _object(request.news)
+        if request.preview and (has_unknown(new) or not self._served(new)):
+            return "", request.news
+        api = self._server()
+        manager = self._manager({}, new)
+        try:
+            live = self._make(api, request, new, manager)
+        except ApiError as error:
+            if request.preview and (
+                error.reason in ("AlreadyExists", "Forbidden") or error.resource == "namespaces"
+            ):
+                return "", request.news
+            if error.reason == "NoMatch":
+                raise Failure(
+                    f'creation of resource "{request.urn}" with kind {new["apiVersion"]}/'
+                    f"{new['kind']} failed because the Kubernetes API server reported that the "
+                    f"{_NO_MATCH}{error}"
+                ) from None
+            help_ = _UPSERT_HELP if error.reason == "AlreadyExists" else ""
+            raise Failure(
+                f'resource "{request.urn}" was not successfully created by the Kubernetes API '
+                f"server: {_explained(error, manager)}{help_}"
+            ) from None
+        if request.preview:
+            live.pop("status", None)
+            return "", _checkpoint(new, live, request.news, manager)
+        id = _full_name(live)
+        reasons = self._wait(new, live, request.timeout)
+        if reasons:
+            message = (
+                f'resource "{request.urn}" was successfully created, but the Kubernetes API server '
+                f"reported that it failed to fully initialize or become live: {reasons[0]}"
+            )
+            state = _checkpoint(new, live, request.news, manager)
+            raise InitFailed(message, id, state, {}, [message, *reasons[1:]])
+        return id, _checkpoint(new, api.get(live), request.news, manager)
+
+    def _make(self, api: ApiServer, request: Request, new: Object, manager: str) -> Object:
+        """Create the object; its namespace or definition may come while this tries again."""
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                if self.upsert:
+                    forced = self._forced(new, None, request.preview)
+                    return api.apply(new, manager, forced, request.preview)
+                # A static name, so that the first update takes the fields over (await.go).
+                return api.create(new, "pulumi-kubernetes", request.preview)
+            except ApiError as error:
+                hopeless = request.preview or error.reason not in ("NotFound", "NoMatch")
+                wait = None if hopeless else next(waits, None)
+                if wait is None:
+                    raise
+                text = f"creation failed, trying again in {wait} s: {error}"
+                self.log(text, request.urn, ephemeral=True)
+                time.sleep(wait)
+
+    def _forced(self, new: Object, live: Object | None, preview: bool) -> bool:
+        """Whether a conflict is overwritten (await.go, patchForce)."""
+        if _annotation(new, "patchForce") == "true" or self.patch_force:
+            return True
+        managers = (live or {}).get("metadata", {}).get("managedFields") or []
+        if live is None or not managers:
+            return preview or live is not None
+        return preview and any(
+            entry["operation"] == "Update" and entry["manager"].startswith("pulumi-")
+            for entry in managers
+            if (entry["manager"], entry["operation"]) in _CLIENT_SIDE
+        )
+
+    def update(self, request: Request) -> Properties:
+        if request.type == _RELEASE:
+            return self._update_release(request)
+        new = _normalized(_object(request.news))
+        if request.preview and (has_unknown(new) or not self._served(new)):
+            return request.news
+        api = self._server()
+        _, old = _parsed(request.olds)
+        manager = self._manager(request.olds, new)
+        try:
+            live = self._change(api, request, old, new, manager)
+        except ApiError as error:
+            if error.reason == "NoMatch":
+                raise Failure(
+                    f'update of resource "{request.urn}" failed because the Kubernetes API server '
+                    f"reported that the {_NO_MATCH}{error}"
+                ) from None
+            try:
+                live = api.get(old)
+            except ApiError as gone:
+                raise Failure(
+                    f'update of resource "{request.urn}" failed: {error}\n'
+                    f"unable to get cluster state: {gone}"
+                ) from None
+            reasons = [_explained(error, manager)]
+        else:
+            reasons = [] if request.preview else self._wait(new, live, request.timeout)
+            if not request.preview and not reasons:
+                live = api.get(live)
+        state = _checkpoint(new, live, request.news, manager)
+        if reasons:
+            message = (
+                f'the Kubernetes API server reported that "{_full_name(live)}" failed to fully '
+                f"initialize or become live: {reasons[0]}"
+            )
+            raise InitFailed(message, _full_name(live), state, {}, [message, *reasons[1:]])
+        return state
+
+    def _change(
+        self, api: ApiServer, request: Request, old: Object, new: Object, manager: str
+    ) -> Object:
+        live = api.get(old)
+        if _is_crd(new):
+            return api.replace(new, manager, request.preview)
+        if not request.preview:
+            api.take_over(live, _CLIENT_SIDE, manager)
+            live = api.get(live)
+        new = _without_ignored(new, live, request.ignore_changes, manager)
+        forced = self._forced(new, live, request.preview)
+        return api.apply(new, manager, forced, request.preview)
+
+    # Await
+
+    def _wait(self, new: Object, live: Object, timeout: float) -> list[str]:
+        """Wait until the object is ready. Returns why it is not, the time-out's own text first."""
+        if live["kind"] not in _AWAITED or live["apiVersion"] not in known_versions():
+            return []
+        if _annotation(new, "skipAwait") == "true":
+            return []
+        annotated = _annotation(new, "timeoutSeconds")
+        if not timeout:
+            timeout = float(annotated) if annotated.isdigit() else _TIMEOUT_SECONDS
+        began = time.monotonic()
+        while not self._ready(live, time.monotonic() - began):
+            if time.monotonic() - began >= timeout:
+                if live["kind"] in ("DaemonSet", "PersistentVolume", "PersistentVolumeClaim"):
+                    return ["timed out waiting for the condition"]
+                text = f"'{live['metadata']['name']}' timed out waiting to be Ready"
+                return [text, *_unready_reasons(live)]
+            time.sleep(min(0.2, timeout))
+        return []
+
+    def _ready(self, live: Object, waited: float) -> bool:
+        kind, metadata = live["kind"], live["metadata"]
+        key = f"{kind}/{metadata.get('namespace', '')}/{metadata['name']}"
+        addressed = kind == "Ingress" or live.get("spec", {}).get("type") == "LoadBalancer"
+        stated = (self.world.get("ready") or {}).get(key, "never" if addressed else 0)
+        return stated != "never" and waited >= stated
+
+    # Read, delete
+
+    def read(self, request: Request) -> tuple[str, Properties, Properties] | None:
+        if self.api is None:
+            self._say_unreachable(request)
+            if self.delete_unreachable:
+                return None
+            if self.skip_update_unreachable:
+                self.log(
+                    "configured Kubernetes cluster is unreachable and the `skipUnreachable` option "
+                    "is enabled. Returned data could not reflect the actual cluster configuration.",
+                    request.urn,
+                )
+                return request.id, request.olds, request.old_inputs
+            raise Failure(
+                "failed to read resource state due to unreachable cluster. " + _UNREACHABLE_HELP
+            )
+        if request.type == _RELEASE:
+            return self._read_release(request)
+        namespace, _, name = request.id.rpartition("/")
+        inputs = _normalized(_object(request.old_inputs))
+        imported = not inputs.get("kind")
+        if imported:
+            _, version, kind = request.type.split(":")
+            inputs = {"apiVersion": version.removeprefix("core/"), "kind": kind, "metadata": {}}
+        inputs.setdefault("metadata", {}).setdefault("name", name)
+        if namespace:
+            inputs["metadata"].setdefault("namespace", namespace)
+        try:
+            live = self.api.get(inputs)
+        except ApiError:
+            return None
+        if imported:
+            inputs = _normalized(copied({k: v for k, v in live.items() if k != "status"}))
+        else:
+            inputs = _pruned(live, inputs)
+        manager = self._manager(request.olds, inputs)
+        state = _checkpoint(inputs, live, request.old_inputs, manager)
+        live_inputs = _marked(copied(inputs), request.old_inputs)
+        if (
+            not imported
+            and live["kind"] in _AWAITED_ON_READ
+            and _annotation(inputs, "skipAwait") != "true"
+            and not self._ready(live, _TIMEOUT_SECONDS)
+        ):
+            text = f"Resource '{name}' was created but failed to initialize"
+            reasons = [text, *_unready_reasons(live)]
+            raise InitFailed(text, request.id, state, live_inputs, reasons)
+        return request.id, state, live_inputs
+
+    def _say_unreachable(self, request: Request) -> None:
+        text = f"configured Kubernetes cluster is unreachable: {self.unreachable}"
+        self.log(text, request.urn, "WARNING")
+        if self.delete_unreachable:
+            self.log(
+                "configured Kubernetes cluster is unreachable and the `deleteUnreachable` option "
+                "is enabled. Deleting the unreachable resource from Pulumi state",
+                request.urn,
+            )
+
+    def delete(self, request: Request) -> None:
+        if request.type == _RELEASE:
+            self._delete_release(request)
+        elif self.api is None:
+            self._say_unreachable(request)
+            if not self.delete_unreachable:
+                raise Failure("configured Kubernetes cluster is unreachable. " + _UNREACHABLE_HELP)
+        else:
+            _, live = _parsed(request.olds)
+            live["metadata"]["name"] = request.id.rpartition("/")[2]
+            try:
+                self.api.delete(live)
+            except ApiError as error:
+                # A custom resource whose definition is gone is gone too.
+                if error.reason != "NoMatch":
+                    raise Failure(str(error)) from None
+
+    def invoke(self, token: str, args: Properties, preview: bool) -> Properties:
+        raise Unimplemented(f"the rehearsal does not know the function {token}")
+
+    def construct(self, request: Any) -> Any:
+        raise Unimplemented(
+            f"the rehearsal does not know the remote component {request.type}: it would fetch at "
+            "every preview; declare its objects or a helm.sh/v3:Release"
+        )
+
+    # helm.sh/v3:Release (helm_release.go)
+
+    def _chart(self, release: Properties) -> tuple[str, str]:
+        """Version and appVersion of the release's chart. Raises ValueError with Helm's words."""
+        charts: dict[str, str] = json.loads(_CHARTS.read_text())
+        charts |= self.world.get("charts") or {}
+        repository = ((release.get("repositoryOpts") or {}).get("repo") or "").rstrip("/")
+        name, version = release.get("chart", ""), release.get("version") or ""
+        prefix = f"{repository}/{name}@" if repository else f"{name}@"
+        offered = {k.removeprefix(prefix): v for k, v in charts.items() if k.startswith(prefix)}
+        if not version and offered:
+            version = max(offered, key=_version_order)
+        if version in offered:
+            return version, offered[version]
+        if repository and any(key.startswith(f"{repository}/") for key in charts):
+            wanted = f' version "{version}"' if version else ""
+            raise ValueError(f'chart "{name}"{wanted} not found in {repository} repository')
+        if repository:
+            host = urlsplit(repository).hostname
+            raise ValueError(
+                f'looks like "{repository}" is not a valid chart repository or cannot be reached: '
+                f'Get "{repository}/index.yaml": dial tcp: lookup {host}: no such host'
+            )
+        raise ValueError(
+            f'failed to download "{name}"' + (f' at version "{version}"' if version else "")
+        )
+
+    def _check_release(self, request: Request) -> Checked:
+        news = dict(request.news)
+        failures = [
+            (key, f'unknown property "{key}" of a Release')
+            for key in news
+            if key not in _RELEASE_DEFAULTS and key not in _RELEASE_OBJECTS
+        ]
+        if news.get("valueYamlFiles"):
+            failures.append(
+                ("valueYamlFiles", "the rehearsal reads no files of values: use values")
+            )
+        if failures:
+            return Checked(request.news, failures)
+        if not plain(news.get("name")):
+            old = plain(request.olds.get("name"))
+            news["name"] = old or f"{request.name}-{secrets.token_hex(4)}"
+        if not plain(news.get("namespace")):
+            news["namespace"] = self.default_namespace
+        if not plain(news.get("skipAwait")):
+            news.setdefault("timeout", 300)
+        filled = dict(_RELEASE_DEFAULTS)
+        filled |= {k: v for k, v in news.items() if v is not None}
+        for key in ("compat", "resourceNames", "valueYamlFiles"):
+            filled.pop(key, None)
+        if not has_unknown(news):
+            try:
+                filled["version"], _ = self._chart(plain(filled))
+            except ValueError as error:
+                reason = f"{error}; check the chart name and repository configuration."
+                failures.append(("chart", f"{reason} A rehearsal knows rehearsal/charts.json."))
+        return Checked(filled, failures)
+
+    def _diff_release(self, request: Request) -> Diff:
+        olds, news = dict(plain(request.olds)), plain(request.news)
+        inputs = olds.pop("__inputs", {})
+        inputs = {k: v for k, v in inputs.items() if k not in ("checksum", "resourceNames")}
+        if "version" in request.ignore_changes:
+            news["version"] = olds.get("version")
+        shape = _united(inputs, news)
+        detailed = _detailed(_changes(_pruned(olds, shape), news), ("name", "namespace"))
+        return Diff(
+            changes=bool(detailed),
+            detailed={_written(path): kind for path, kind in detailed.items()},
+            has_detailed=bool(detailed),
+            diffs=list(dict.fromkeys(str(path[0]) for path in detailed)),
+            replaces=[_written(p) for p, kind in detailed.items() if kind.endswith("REPLACE")],
+        )
+
+    def _release_key(self, api: ApiServer, release: Properties) -> str:
+        return f"{api.cluster}/{release['namespace']}/Release.helm.sh/{release['name']}"
+
+    def _create_release(self, request: Request) -> tuple[str, Properties]:
+        release = plain(request.news)
+        if request.preview:
+            return "", _release_state(request.news, release, preview=True)
+        if self.api is None:
+            raise Failure(f"can't create Helm Release with unreachable cluster: {self.unreachable}")
+        namespace = {"name": release["namespace"]}
+        namespace_object = {"apiVersion": "v1", "kind": "Namespace", "metadata": namespace}
+        try:
+            self.api.get(namespace_object)
+        except ApiError as error:
+            if not release.get("createNamespace"):
+                raise Failure(f"create: failed to create: {error}") from None
+            self.api.create(namespace_object, "helm")
+        record = self._installed(release, revision=1)
+        try:
+            self.world.create(self._release_key(self.api, release), record)
+        except Exists:
+            raise Failure("cannot re-use a name that is still in use") from None
+        id = f"{release['namespace']}/{release['name']}"
+        return id, self._awaited_release(request, release, record, "was created, but failed")
+
+    def _installed(self, release: Properties, revision: int) -> Object:
+        """The record that an installed release leaves in the cluster."""
+        try:
+            version, app_version = self._chart(release)
+        except ValueError as error:
+            raise Failure(str(error)) from None
+        return {
+            "values": release.get("values") or {},
+            "version": version,
+            "status": {
+                "appVersion": app_version,
+                "chart": release["chart"].rstrip("/").rsplit("/", 1)[-1],
+                "name": release["name"],
+                "namespace": release["namespace"],
+                "revision": revision,
+                "status": "deployed",
+                "version": version,
+            },
+        }
+
+    def _awaited_release(
+        self, request: Request, release: Properties, record: Object, failed: str
+    ) -> Properties:
+        key = f"Release/{release['namespace']}/{release['name']}"
+        timeout = release.get("timeout") or 300
+        began = time.monotonic()
+        while not release.get("skipAwait"):
+            stated = (self.world.get("ready") or {}).get(key, 0)
+            waited = time.monotonic() - began
+            if stated != "never" and waited >= stated:
+                break
+            if waited >= timeout:
+                record["status"]["status"] = "failed"
+                if self.api is not None:
+                    self.world.put(self._release_key(self.api, release), record)
+                id = f"{release['namespace']}/{release['name']}"
+                message = (
+                    f'Helm release "{id}" {failed} to initialize completely. Use Helm CLI to '
+                    "investigate: failed to become available within allocated timeout. Error: Helm "
+                    f"Release {id}: context deadline exceeded"
+                )
+                state = _release_state(request.news, {**release, **record})
+                raise InitFailed(message, id, state, {}, [message])
+            time.sleep(min(0.2, timeout))
+        return _release_state(request.news, {**release, **record})
+
+    def _read_release(self, request: Request) -> tuple[str, Properties, Properties] | None:
+        state = plain(request.olds)
+        inputs = reveal(request.olds.get("__inputs")) or {}
+        if not state:
+            raise Failure("the rehearsal imports no Release")
+        record = self.world.get(self._release_key(self._server(), state))
+        if record is None:
+            return None
+        return request.id, _release_state(inputs, {**state, **record}), inputs
+
+    def _update_release(self, request: Request) -> Properties:
+        release = plain(request.news)
+        if request.preview:
+            return _release_state(request.news, release, preview=True)
+        if self.api is None:
+            raise Failure(f"can't update Helm Release with unreachable cluster: {self.unreachable}")
+        key = self._release_key(self.api, release)
+        before = self.world.get(key)
+        if before is None:
+            raise Failure(f'"{release["name"]}" has no deployed releases')
+        record = self._installed(release, before["status"]["revision"] + 1)
+        self.world.put(key, record)
+        return self._awaited_release(request, release, record, "failed")
+
+    def _delete_release(self, request: Request) -> None:
+        if self.api is None:
+            raise Failure(
+                "can't delete Helm Release with unreachable cluster. Reason: "
+                f"{json.dumps(self.unreachable, ensure_ascii=False)}"
+            )
+        release = plain(request.olds)
+        if not self.world.delete(self._release_key(self.api, release)):
+            raise Failure(f"uninstall: Release not loaded: {release['name']}: release: not found")
+
+
+_RELEASE_OBJECTS = words("compat maxHistory repositoryOpts resourceNames valueYamlFiles values")
+_RELEASE_FLAGS = words(
+    """allowNullValues atomic cleanupOnFail createNamespace dependencyUpdate devel disableCRDHooks
+    disableOpenapiValidation disableWebhooks forceUpdate lint recreatePods renderSubchartNotes
+    replace resetValues reuseValues skipAwait skipCrds verify waitForJobs"""
+)
+_RELEASE_TEXTS = words("chart description keyring name namespace postrender version")
+_RELEASE_DEFAULTS: Properties = {
+    **dict.fromkeys(sorted(_RELEASE_FLAGS), False),
+    **dict.fromkeys(sorted(_RELEASE_TEXTS), ""),
+    "timeout": 0,
+    "values": {},
+}
+"""What the provider writes for each property that is not given."""
+
+
+def _release_state(inputs: Properties, release: Properties, preview: bool = False) -> Properties:
+    """A Release's checkpoint: its inputs are secret as a whole."""
+    computed: Properties = {"resourceNames": UNKNOWN, "status": UNKNOWN} if preview else {}
+    state = {k: v for k, v in release.items() if k != "__inputs"} | computed
+    state = _marked(copied(state), inputs)
+    state["__inputs"] = Secret(inputs)
+    return state
+
+
+def _united(first: Any, second: Any) -> Any:
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = {**first, **second}
+        return {
+            k: _united(first[k], second[k]) if k in first and k in second else keys[k] for k in keys
+        }
+    return second
+
+
+def _version_order(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def _explained(error: ApiError, manager: str) -> str:
+    """An API error as the provider words it (await.go, handleSSAErr)."""
+    if error.reason != "Conflict":
+        return str(error)
+    return (
+        f'{_CONFLICT_HELP}\nThe resource managed by field manager "{manager}" had an apply '
+        f"conflict: {error}"
+    )
+
+
+def _unready_reasons(live: Object) -> list[str]:
+    """What the awaiter of a kind says of an object that does not get ready."""
+    kind, spec = live["kind"], live.get("spec", {})
+    if kind == "Deployment":
+        return ["Minimum number of live Pods was not attained"]
+    if kind == "StatefulSet":
+        return [f"0 out of {spec.get('replicas', 1)} replicas succeeded readiness checks"]
+    if kind == "Ingress":
+        return [
+            "Ingress .status.loadBalancer field was not updated with a hostname/IP address. "
+            "\n    for more information about this error, see https://pulumi.io/xdv72s"
+        ]
+    if kind == "Service" and not headless(live) and spec.get("type") != "ExternalName":
+        reasons = [
+            "Service does not target any Pods. Selected Pods may not be ready, or field "
+            "'.spec.selector' may not match labels on any Pods"
+        ]
+        if spec.get("type") == "LoadBalancer":
+            reasons = [
+                "Service was not allocated an IP address; does your cloud provider support this?"
+            ]
+        return reasons
+    return []
+
+
+def _without_ignored(new: Object, live: Object, ignored: Iterable[str], manager: str) -> Object:
+    """The inputs to apply under ignoreChanges (await.go, handleSSAIgnoreFields).
+
+    An ignored field that only others own is left out, so that they keep it; else it stays as it is.
+    """
+    new = copied(new)
+    ours: set[FieldPath] = set()
+    theirs: set[FieldPath] = set()
+    for entry in live["metadata"].get("managedFields", []):
+        held = ours if entry["manager"] == manager else theirs
+        for path in paths(entry.get("fieldsV1", {})):
+            held.update(path[: length + 1] for length in range(len(path)))
+    for text in ignored:
+        path = tuple(f"f:{step}" for step in _read_path(text))
+        holder = value_at(new, path[:-1])
+        current = value_at(live, path)
+        if path in theirs and path not in ours:
+            remove_at(new, path)
+        elif current is not MISSING and isinstance(holder, dict):
+            holder[path[-1][2:]] = current
+    return new
+
+
+if __name__ == "__main__":
+    serve(Kubernetes)

@@ -1,0 +1,225 @@
+"""The cluster: what is fixed at creation is refused, the rest healed; identity, not content, ties what lives in it to it."""
+
+import json
+from typing import Any
+
+import pulumi_docker as docker
+import pytest
+
+from components import settings
+from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster, server_url
+from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
+from components.host import Connection, Host, HostError
+
+IMAGE = "rancher/k3s:v1.31.5-k3s1"
+KUBECONFIG = "apiVersion: v1\nclusters: [{name: k3d-factory, cluster: {server: 'https://127.0.0.1:6443'}}]\n"
+
+
+def cluster(**rest: Any) -> settings.Cluster:
+    return settings.Cluster.model_validate({"image": IMAGE, **rest}, by_name=True)
+
+
+def live(**rest: Any) -> LiveCluster:
+    facts = {"state": "running", "generation": 3, "incarnation": "ab12cd34-1", "certificate_generation": 2}
+    return LiveCluster(**{**facts, **rest})
+
+
+def answers(args: Any) -> dict[str, Any]:
+    verb = args.inputs["create"].partition("hostctl ")[2]
+    result: dict[str, Any] = {"ok": True}
+    if verb == "k3d ensure":
+        result["cluster"] = {"k3s_version": "v1.31.5+k3s1"}
+    elif verb == "k3d identity":
+        result["identity"] = "factory-0123456789abcdef"
+    elif verb == "kubeconfig":
+        result["kubeconfig"] = KUBECONFIG
+    return {"stdout": json.dumps(result)}
+
+
+@pytest.fixture
+def register(run_program):
+    def run(declared: settings.Cluster, seen: LiveCluster, **mocks: Any):
+        def program() -> None:
+            host = Host("p510", Connection(settings.Host()))
+            engine = docker.Provider("docker", host="unix:///var/run/docker.sock")
+            made = K3dCluster("factory", K3dClusterArgs(declared, seen, host, engine))
+            Kubeconfig("factory", KubeconfigArgs(declared, seen, host, made))
+
+        return run_program(program, **{"outputs": {"Command": answers}, **mocks})
+
+    return run
+
+
+def test_network_and_image_come_before_the_cluster(register):
+    resources = register(cluster(), live())
+    network = resources["Network", "network"]
+    assert network.inputs["name"] == "k3d-factory"
+    assert network.inputs["ipamConfigs"] == [{"subnet": "172.30.0.0/16", "gateway": "172.30.0.1"}]
+    assert network.protect
+    image = resources["RemoteImage", "node-image"]
+    assert (image.inputs["name"], image.inputs["keepLocally"]) == (IMAGE, True)
+    assert {("Network", "network"), ("RemoteImage", "node-image")} <= resources[
+        "Command", "cluster"
+    ].depends_on
+
+
+def test_with_several_servers_k3d_makes_the_network_itself(register):
+    assert register(cluster(servers=3), live()).names("Network") == []
+
+
+def test_the_cluster_is_protected_until_its_name_is_typed(register):
+    assert register(cluster(), live())["Command", "cluster"].protect
+    deletable = register(cluster(delete="factory"), live())
+    assert not deletable["Command", "cluster"].protect
+    assert not deletable["Network", "network"].protect
+    assert json.loads(deletable["Command", "cluster"].inputs["stdin"])["confirm"] == "factory"
+
+
+def test_every_setting_of_the_cluster_reaches_the_host(register):
+    declared = cluster(
+        agents=2,
+        disable=["traefik"],
+        api={"bind": "100.64.0.1", "port": 7443},
+        resolvers=["9.9.9.9"],
+        storage_dir="/data/k3d",
+        k3s_args=["--kubelet-arg=max-pods=200"],
+        ports=[{"host_port": 8080, "container_port": 80}],
+        api_wait_seconds=60,
+    )
+    spec = json.loads(register(declared, live())["Command", "cluster"].inputs["stdin"])
+    assert spec == {
+        "name": "factory",
+        "image": IMAGE,
+        "servers": 1,
+        "agents": 2,
+        "disable": ["traefik"],
+        "api": {"bind": "100.64.0.1", "port": 7443},
+        "resolvers": ["9.9.9.9"],
+        "storage_dir": "/data/k3d",
+        "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
+        "k3s_args": ["--kubelet-arg=max-pods=200"],
+        "ports": [
+            {"host_port": 8080, "container_port": 80, "bind": "127.0.0.1", "protocol": "tcp"}
+        ],
+        "api_wait_seconds": 60,
+        "recreate": None,
+        "confirm": None,
+        "generation": 3,
+        "incarnation": "ab12cd34-1",
+    }
+
+
+def test_incident_04_the_engine_waits_longer_than_the_datastore_takes(register):
+    assert register(cluster(api_wait_seconds=1800), live())["Command", "cluster"].timeouts[
+        "create"
+    ] in ("2700s", "45m0s")
+
+
+def test_only_the_incarnation_replaces_the_identity(register):
+    def inputs(seen: LiveCluster, **declared: Any) -> dict[str, Any]:
+        return register(cluster(**declared), seen)["Command", "identity"].inputs
+
+    same = inputs(live())
+    assert inputs(live(state="stopped", generation=4, certificate_generation=9)) == same
+    assert inputs(live(), api_wait_seconds=60, recreate="factory") == same
+    assert inputs(live(incarnation="ab12cd34-2"))["triggers"] == ["ab12cd34-2"]
+    assert same["triggers"] == ["ab12cd34-1"]
+
+
+def test_no_edit_of_the_cluster_touches_the_kubeconfig(register):
+    def inputs(seen: LiveCluster, **declared: Any) -> dict[str, Any]:
+        return register(cluster(**declared), seen)["Command", "kubeconfig"].inputs
+
+    same = inputs(live())
+    assert inputs(live(state="stopped", generation=4), api_wait_seconds=60) == same
+    rotated = inputs(live(certificate_generation=3))
+    assert rotated["triggers"] == same["triggers"] == ["identity-id"]
+    assert rotated["stdin"] != same["stdin"]
+
+
+def test_the_kubeconfig_is_secret_and_its_file_private(register):
+    resources = register(cluster(), live())
+    command = resources["Command", "kubeconfig"]
+    spec = json.loads(command.inputs["stdin"])
+    assert (spec["path"], spec["mode"]) == ("/etc/k3d/kubeconfig", "0640")
+    assert (spec["owner"], spec["group"], spec["directory_mode"]) == ("root", "wheel", "0750")
+    assert command.additional_secret_outputs == ["stdout", "stderr"]
+    assert command.inputs["logging"] == "none"
+    assert resources["Kubeconfig", "factory"].secret_outputs == {"content"}
+
+
+def test_the_provider_hangs_on_the_identity_and_forgets_nothing(register):
+    provider = register(cluster(), live())["kubernetes", "kubernetes"]
+    assert provider.inputs["clusterIdentifier"] == "factory-0123456789abcdef"
+    assert provider.inputs["kubeconfig"] == KUBECONFIG
+    assert "kubeconfig" in provider.secrets
+    assert provider.inputs["enableSecretMutable"] == "true"
+    assert provider.inputs["deleteUnreachable"] == "false"
+    assert provider.inputs["skipUpdateUnreachable"] == "true"
+
+
+def test_an_empty_kubeconfig_never_reaches_the_provider(register):
+    """The provider would take the ambient ~/.kube/config and deploy to another cluster."""
+
+    def empty(args: Any) -> dict[str, Any]:
+        found = json.loads(answers(args)["stdout"])
+        return {"stdout": json.dumps({**found, "kubeconfig": "apiVersion: v1\nclusters: []\n"})}
+
+    with pytest.raises(Exception, match="returned no cluster"):
+        register(cluster(), live(), outputs={"Command": empty})
+
+
+@pytest.mark.parametrize(
+    ("api", "url"),
+    [
+        ({}, "https://127.0.0.1:6443"),
+        ({"bind": "100.64.0.1", "port": 7443}, "https://100.64.0.1:7443"),
+        ({"bind": "0.0.0.0", "server_name": "p510.example.org"}, "https://p510.example.org:6443"),
+        ({"bind": "fd00::1"}, "https://[fd00::1]:6443"),
+    ],
+)
+def test_incident_14_the_server_is_an_address_that_clients_reach(api, url):
+    assert server_url(cluster(api=api)) == url
+
+
+MOVED = {
+    "key": "storageDir",
+    "declared": "/new",
+    "live": "/old",
+    "fixed": True,
+    "remedy": "",
+}
+
+
+def test_incident_06_what_is_fixed_at_creation_is_refused_with_both_ways_out():
+    seen = live(differences=[MOVED, {**MOVED, "key": "image", "declared": "b", "live": "a"}])
+    with pytest.raises(HostError) as refusal:
+        seen.refuse_fixed_differences(cluster())
+    text = str(refusal.value)
+    assert "homelab:cluster.storageDir: declared /new, live /old" in text
+    assert "homelab:cluster.image: declared b, live a" in text
+    assert "homelab:cluster.recreate: factory" in text
+    assert "write the live value" in text
+
+
+def test_a_recreate_needs_the_name_typed():
+    seen = live(differences=[MOVED])
+    seen.refuse_fixed_differences(cluster(recreate="factory"))
+    seen = live(differences=[{**MOVED, "fixed": False}])
+    seen.refuse_fixed_differences(cluster())
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        (live(state="absent"), "does not exist on p510: up creates it"),
+        (live(state="stopped"), "is stopped: up starts it"),
+        (live(unseen=["namespaces: the API does not answer"]), "not seen: namespaces"),
+    ],
+)
+def test_the_preview_says_what_up_will_do_and_what_it_could_not_see(
+    run_program, caplog, seen, said
+):
+    caplog.set_level("INFO")
+    run_program(lambda: seen.announce(cluster(), "p510"))
+    assert said in caplog.text
