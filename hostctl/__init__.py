@@ -1,1 +1,1 @@
-"""The program that runs on a host. `hostctl.py` is shipped alone; see README.md for its protocol."""
+"""The program that runs on a host: `hostctl.py`, shipped alone. README.md has its protocol."""

@@ -2,8 +2,9 @@
 """hostctl: what a host does for its stack, one idempotent verb at a time.
 
 A verb takes a JSON spec (stdin, ``--spec FILE``, or from the host's own record when a cluster is
-NAMEd), prints one JSON result on stdout and what it is doing on stderr. Exit codes: 0 done, 2 bad spec
-or usage, 3 refused, 4 cannot tell, 5 a step failed, 6 a tool is missing or too old, 7 timed out.
+NAMEd), prints one JSON result on stdout and what it is doing on stderr. Exit codes: 0 done, 2 bad
+spec or usage, 3 refused, 4 cannot tell, 5 a step failed, 6 a tool is missing or too old, 7 timed
+out.
 
 Rules that hold everywhere; numbers are the incidents that they come from:
 
@@ -151,11 +152,11 @@ class Machine:
         to_file: str | None = None,
         limit: int = 32 * 1024 * 1024,
     ) -> Ran:
-        """Runs a program without a shell. ``tick`` is called with the seconds so far every few seconds.
+        """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
 
-        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has a session of
-        its own, so that an interrupt here does not cut it off half-way, and inherits the host locks,
-        so that nobody else starts while a child of a killed hostctl still works.
+        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has a session
+        of its own, so that an interrupt here does not cut it off half-way, and inherits the host
+        locks, so that nobody else starts while a child of a killed hostctl still works.
         """
         sink = open(to_file, "xb") if to_file else None  # noqa: SIM115
         try:
@@ -230,7 +231,7 @@ class Machine:
         owner: str | None = None,
         group: str | None = None,
     ) -> None:
-        """Writes a file whole or not at all; at no moment is it readable by more than in the end."""
+        """Writes a file whole or not at all, never readable by more than in the end."""
         directory = os.path.dirname(path)
         descriptor, aside = tempfile.mkstemp(dir=directory, prefix=".hostctl-")
         try:
@@ -271,7 +272,7 @@ class Machine:
         return self.stat(path) is not None
 
     def stat(self, path: str) -> Stat | None:
-        """Facts of a file, links followed; None when there is none. Raises OSError if that cannot be told."""
+        """Facts of a file, links followed; None when there is none, OSError when it cannot be told."""
         try:
             seen = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -449,7 +450,7 @@ def _take_lock(machine: Machine, descriptor: int, name: str) -> None:
 
 
 class Value:
-    """One value of a spec. ``test`` returns the value to use or raises ValueError(what is allowed)."""
+    """One value of a spec. ``test`` returns the value to use, or raises ValueError(the allowed)."""
 
     def __init__(self, test: Callable[[Any], Any], *default: Any, secret: bool = False) -> None:
         self.test, self.default, self.secret = test, default, secret
@@ -759,7 +760,7 @@ def cluster_spec(spec: Any, verb: str) -> dict[str, Any]:
         wrong.append("servers: an even number has no majority to lose; allowed is an odd number")
     if result["servers"] > 1 and result["network"]["name"] != f"k3d-{result['name']}":
         wrong.append(
-            f"network.name: with several servers k3d makes the network; allowed is k3d-{result['name']}"
+            f"network.name: k3d makes that of several servers; allowed is k3d-{result['name']}"
         )
     if result["network"]["name"] in ("host", "bridge", "none"):
         wrong.append("network.name: one of Docker's own; allowed is a network of the cluster")
@@ -812,7 +813,7 @@ TOOLS = {
         "put the release binary of github.com/k3d-io/k3d on a dataset and its directory on PATH.",
         "the release binary of github.com/k3d-io/k3d into /usr/local/bin.",
     ),
-    # From 1.29 at the latest `apply --server-side` migrates a client-side apply to any field manager.
+    # By 1.29 `apply --server-side` migrates a client-side apply to any field manager.
     "kubectl": Tool(
         (1, 29),
         ("kubectl", "version", "--client", "--output=json"),
@@ -845,10 +846,12 @@ def tool_version(machine: Machine, name: str) -> tuple[int, int]:
 
 
 def _run(machine: Machine, argv: Sequence[str], step: str, code: str, **options: Any) -> Ran:
-    """Runs a tool and insists on exit status 0. ``code`` is that of the Failure if it is another."""
+    """Runs a tool and insists on exit status 0. ``code`` is that of the Failure otherwise."""
     ran = _try(machine, argv, step, **options)
     if ran.code:
-        raise Failure(code, step, ran.complaint, _remedy_for(argv[0], ran))
+        query = code == "cannot-tell"
+        cause = f"{argv[0]} does not answer: {ran.complaint}" if query else ran.complaint
+        raise Failure(code, step, cause, _remedy_for(argv[0], ran))
     return ran
 
 
@@ -873,9 +876,7 @@ def _try(machine: Machine, argv: Sequence[str], step: str, **options: Any) -> Ra
         ) from None
 
 
-_DOCKER_REMEDY = (
-    "systemctl status docker; `docker info` must answer for this user (or run with sudo)"
-)
+_DOCKER_REMEDY = "systemctl status docker; `docker info` must answer for this user (or with sudo)"
 
 
 def _remedy_for(name: str, ran: Ran) -> str:
@@ -949,10 +950,10 @@ class Cluster(NamedTuple):
 
 
 def look(machine: Machine, name: str, network: str | None = None) -> Cluster:
-    """What there is of a cluster, read from Docker; a failed listing is not an absence (incident 3).
+    """What there is of a cluster, read from Docker; a failed listing is no absence (incident 3).
 
-    ``network`` is the declared one. Raises Failure "cannot-tell" when Docker does not answer or when
-    the cluster is partial, "refused" when someone else made what bears its name.
+    ``network`` is the declared one. Raises Failure "cannot-tell" when Docker does not answer or
+    when the cluster is partial, "refused" when someone else made what bears its name.
     """
     found = _containers(machine, name)
     _refuse_foreign(name, found)
@@ -1053,7 +1054,7 @@ def _refuse_foreign(name: str, found: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _refuse_remains(machine: Machine, cluster: Cluster, found: Sequence[Any]) -> None:
-    """Half a cluster without nodes: what is left may be someone's data, so nothing is made on it."""
+    """Half a cluster without nodes: what is left may be data, so nothing is made on it."""
     name = cluster.name
     left = [f"container {facts['Name'].lstrip('/')}" for facts in found]
     remove = [f"docker rm --force {facts['Name'].lstrip('/')}" for facts in found]
@@ -1267,8 +1268,8 @@ def _live_ports(cluster: Cluster) -> list[dict[str, Any]]:
 def differences(
     machine: Machine, spec: Mapping[str, Any], cluster: Cluster, live: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Every difference of the live cluster from the spec: key (that of the setting), declared, live,
-    fixed (at creation, incident 6), remedy."""
+    """Every difference of the live cluster from the spec: key (that of the setting), declared,
+    live, fixed (at creation, incident 6), remedy."""
     name = spec["name"]
     found: list[dict[str, Any]] = []
 
@@ -1372,7 +1373,8 @@ def write_record(machine: Machine, name: str, **changes: Any) -> dict[str, Any]:
     path = f"{STATE_DIRECTORY}/clusters/{name}.json"
     machine.make_directory(os.path.dirname(path), 0o755)
     content = json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"
-    machine.write_atomic(path, content, 0o600)
+    # It holds no secret, and a preview without sudo reads it.
+    machine.write_atomic(path, content, 0o644)
     return record
 
 
@@ -1392,8 +1394,8 @@ def next_generation(record: Mapping[str, Any], agrees: bool) -> int:
 def next_incarnation(
     machine: Machine, record: Mapping[str, Any], state: str, identity: str | None, renew: bool
 ) -> str:
-    """The incarnation: which making of the cluster this is. It moves on when the recorded cluster is
-    gone, has another CA, or is about to be made anew (design rule 4)."""
+    """The incarnation: which making of the cluster this is. It moves on when the recorded cluster
+    is gone, has another CA, or is about to be made anew (design rule 4)."""
     here = hashlib.sha256(machine.machine_id().encode()).hexdigest()[:8]
     recorded = record.get("incarnation")
     if not recorded:
@@ -1428,8 +1430,8 @@ def next_certificate_generation(
 
 
 def _is_in_place(machine: Machine, file: Mapping[str, Any], content: bytes) -> bool:
-    """Whether the file holds the content with its mode, owner and group. A file that may not be read
-    counts as in place: on cannot tell the last answer is kept."""
+    """Whether the file holds the content with its mode, owner and group. A file that may not be
+    read counts as in place: on cannot tell the last answer is kept."""
     try:
         seen = machine.stat(file["path"])
         if seen is None:
@@ -1452,7 +1454,8 @@ def wait_ready(
     the cluster as it then is, and its credentials.
 
     Follows what the servers read (incident 4): while they read it waits, up to api_wait_seconds; a
-    server that reads nothing for STALL_SECONDS is restarted, STALL_RESTARTS times, never deleted (2).
+    server that reads nothing for STALL_SECONDS is restarted, STALL_RESTARTS times, and never
+    deleted (incident 2).
     """
     name = spec["name"]
     started = moved = machine.now()
@@ -1565,8 +1568,8 @@ def wait_for_address(machine: Machine, address: str) -> None:
 def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     """Makes the cluster that is absent. The caller holds the lock and waits for it to be ready.
 
-    The record says that a create began, with the nonce that the nodes carry as a label: a run after a
-    kill goes on with exactly those (see `resume`), and nothing is ever rolled back (incident 2).
+    The record says that a create began, with the nonce that the nodes carry as a label: a run after
+    a kill goes on with exactly those (see `resume`); nothing is ever rolled back (incident 2).
     """
     name = spec["name"]
     tool_version(machine, "k3d")
@@ -1598,7 +1601,7 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
 
 
 def _refuse_listed(machine: Machine, name: str) -> None:
-    """k3d must agree that the cluster is absent; that it fails to list is no agreement (incident 3)."""
+    """k3d must agree that the cluster is absent; a failed listing is no agreement (incident 3)."""
     step = f"asking k3d whether cluster {name} exists"
     ran = _run(machine, ["k3d", "cluster", "list", "--output", "json"], step, "cannot-tell")
     if any(one.get("name") == name for one in _json(ran.out or b"[]", step) or []):
@@ -1606,7 +1609,8 @@ def _refuse_listed(machine: Machine, name: str) -> None:
             "cannot-tell",
             step,
             "k3d lists it and Docker shows no node of it",
-            "see `docker ps --all` and `k3d cluster list`; do they ask the same Docker (DOCKER_HOST)?",
+            "do docker and k3d ask the same Docker (DOCKER_HOST)? compare `docker ps --all` and "
+            "`k3d cluster list`",
         )
 
 
@@ -1679,7 +1683,7 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
         "volumes": [{"volume": mount, "nodeFilters": nodes} for mount in mounts],
         "ports": [
             {
-                "port": f"{port['bind']}:{port['host_port']}:{port['container_port']}/{port['protocol']}",
+                "port": "{bind}:{host_port}:{container_port}/{protocol}".format(**port),
                 "nodeFilters": ["server:0:direct" if single else "loadbalancer"],
             }
             for port in spec["ports"]
@@ -1711,12 +1715,12 @@ def _without_colour(text: str) -> str:
 
 
 def resume(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Cluster:
-    """Goes on with a create that was cut off, told by the nonce that the record and its nodes share.
+    """Goes on with a create that was cut off, told by the nonce that the record and its nodes have.
 
     Nodes that were created and never started lack what k3d writes into them before the first start,
     so k3d starts them. Nothing is deleted except k3d's helper container, which holds no data and
-    keeps k3d from creating. A create of several nodes that was cut off before all were made cannot be
-    completed by k3d: that is reported as partial.
+    keeps k3d from creating. A create of several nodes that was cut off before all were made cannot
+    be completed by k3d: that is reported as partial.
     """
     name = cluster.name
     begun = read_record(machine, name).get("creating")
@@ -1764,7 +1768,7 @@ def heal(machine: Machine, cluster: Cluster) -> bool:
 
 
 def _restart(machine: Machine, container: str) -> None:
-    argv = ["docker", "restart", "--time", "60", container]
+    argv = ["docker", "restart", "-t", "60", container]
     _run(machine, argv, f"restarting {container}", "failed", timeout=300.0)
 
 
@@ -1773,13 +1777,13 @@ def stop(machine: Machine, cluster: Cluster) -> None:
     for node in reversed(cluster.nodes):
         if node.running:
             say(f"stopping {node.name}")
-            argv = ["docker", "stop", "--time", "60", node.name]
+            argv = ["docker", "stop", "-t", "60", node.name]
             _run(machine, argv, f"stopping {node.name}", "failed", timeout=300.0)
 
 
 def back_up(machine: Machine, cluster: Cluster) -> str:
-    """Copies the stopped cluster's volumes and datastore next to the storage directory that is really
-    mounted (incident 6), verifies both, and returns the directory. Refuses without enough room."""
+    """Copies the stopped cluster's volumes and datastore next to the storage directory that is
+    really mounted (incident 6), verifies both, and returns the directory. Refuses without room."""
     step = f"backing up cluster {cluster.name}"
     server = cluster.first
     storage = server.mount(STORAGE_IN_NODE)
@@ -1872,7 +1876,7 @@ Result = dict[str, Any]
 
 
 def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Looks at a cluster and changes nothing: state, live facts, every difference from the settings."""
+    """Looks at a cluster and changes nothing: state, live facts, differences from the settings."""
     spec = cluster_spec(spec, "k3d inspect")
     cluster = look(machine, spec["name"], spec["network"]["name"])
     return {"cluster": inspected(machine, spec, cluster)}
@@ -1933,8 +1937,8 @@ def _namespaces(machine: Machine, cluster: Cluster, unseen: list[str]) -> list[s
 
 
 def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Makes the cluster be there, running and reachable: creates, starts or heals it. Safe at any time,
-    twice at once and after a kill; deletes nothing, except for a recreate that its name confirms."""
+    """Makes the cluster be there, running and reachable: creates, starts or heals it. Safe at any
+    time, twice at once and after a kill; deletes nothing, except for a confirmed recreate."""
     spec = cluster_spec(spec, "k3d ensure")
     name = spec["name"]
     with cluster_lock(machine, name):
@@ -2076,8 +2080,8 @@ def _present(machine: Machine, name: str, doing: str) -> Cluster:
 
 
 def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Deletes the cluster whose name is confirmed. One that is absent is fine; the storage directory
-    stays (incident 10)."""
+    """Deletes the cluster whose name is confirmed. One that is absent is fine; the storage
+    directory stays (incident 10)."""
     # The spec is the one of a stored ensure, perhaps of another version: only two keys count.
     wanted = {key: spec[key] for key in ("name", "confirm") if key in spec}
     shape = {"name": Value(_NAME), "confirm": Value(_or_null(_NAME), None)}
@@ -2209,8 +2213,8 @@ def render_kubeconfig(name: str, credentials: Mapping[str, str], server: str) ->
 def kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
     """Reads the kubeconfig out of the cluster, writes it for the host's people, and returns it.
 
-    The server address is the one given (incident 14). The file appears whole, with its final mode and
-    owner; its directory is made if there is none and left as it is if there is one.
+    The server address is the one given (incident 14). The file appears whole, with its final mode
+    and owner; its directory is made if there is none and left as it is if there is one.
     """
     wanted = checked(spec, KUBECONFIG_SPEC, "kubeconfig")
     name, path = wanted["cluster"], wanted["path"]
@@ -2309,7 +2313,7 @@ WRITE_SPEC: dict[str, Any] = {
 
 
 def files_write(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Writes a file with its final mode, and restarts a running container that read an older one."""
+    """Writes a file with its final mode, and restarts a container that read an older one."""
     wanted = checked(spec, WRITE_SPEC, "files write")
     path, content = wanted["path"], wanted["content"].encode()
     step = f"writing {path}"
@@ -2441,11 +2445,11 @@ _WORKLOADS = "deployments.apps,statefulsets.apps,daemonsets.apps"
 
 
 def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Restarts the workloads of a namespace that use a Secret whose digest is another than when they
-    were last seen. One seen for the first time is recorded, not restarted.
+    """Restarts the workloads of a namespace that use a Secret whose digest is another than when
+    they were last seen. One seen for the first time is recorded, not restarted.
 
-    What was seen is kept on the host and not in annotations: whoever may read a workload could guess
-    a short value from its digest.
+    What was seen is kept on the host and not in annotations: whoever may read a workload could
+    guess a short value from its digest.
     """
     wanted = checked(spec, ROLLOUT_SPEC, "rollout")
     namespace, path = wanted["namespace"], wanted["kubeconfig"]
@@ -2535,8 +2539,8 @@ RESOLVE_SPEC: dict[str, Any] = {
 
 
 def argocd_resolve(machine: Machine, spec: dict[str, Any]) -> Result:
-    """The commit that a ref names now, and the commit that was applied last. A repository that cannot
-    be reached and a ref that it does not have are two answers; neither is an error."""
+    """The commit that a ref names now, and the commit that was applied last. A repository that
+    cannot be reached and a ref that it does not have are two answers; neither is an error."""
     wanted = checked(spec, RESOLVE_SPEC, "argocd resolve")
     for tool in ("git", "kubectl"):
         # `argocd apply` needs both; here they are missed before anything is changed.
@@ -2594,12 +2598,14 @@ def argocd_apply(machine: Machine, spec: dict[str, Any]) -> Result:
     commit applied.
 
     Conflicts are forced: the other owner of a field is the client-side apply that this replaces, or
-    ArgoCD, which reads the same repository (Argo CD's own manual installs it so). kubectl then moves
-    what a client-side apply owned to our field manager, so that a field that leaves the repository
-    leaves the cluster (kubernetes/kubernetes#99003). CRDs of 256 KiB need server-side apply anyway.
+    ArgoCD, which reads the same repository (Argo CD's own manual installs it so). kubectl then
+    moves what a client-side apply owned to our field manager, so that a field that leaves the
+    repository leaves the cluster (kubernetes/kubernetes#99003). CRDs of 256 KiB and more need
+    server-side apply anyway.
     """
     wanted = checked(spec, APPLY_SPEC, "argocd apply")
     path, commit = wanted["kubeconfig"], wanted["commit"]
+    ran = Ran(1, b"", b"")
     for tool in ("git", "kubectl"):
         tool_version(machine, tool)
     step = f"applying {wanted['repository']}//{wanted['path']} at {commit}"
@@ -2637,47 +2643,64 @@ def _apply_remedy(complaint: str, wanted: Mapping[str, Any]) -> str:
     return "mend the manifest in the repository, or the cluster, and run up again"
 
 
-STOP_SPEC: dict[str, Any] = {
+CONNECTOR_SPEC: dict[str, Any] = {
     "kubeconfig": Value(_path),
     "namespace": Value(_LABEL),
     "deployment": Value(_OBJECT),
 }
 
 
+def connector_status(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Says how many pods of a tunnel's connector are ready; an absent cluster or Deployment has none."""
+    wanted = checked(spec, CONNECTOR_SPEC, "connector status")
+    found, detail = _connector(machine, wanted, f"looking at {_connector_name(wanted)}")
+    return {"ready": (found.get("status") or {}).get("readyReplicas", 0), "detail": detail}
+
+
 def connector_stop(machine: Machine, spec: dict[str, Any]) -> Result:
     """Stops a tunnel's connectors before the tunnel is deleted, which fails while one is connected.
     An absent cluster or Deployment has none."""
-    wanted = checked(spec, STOP_SPEC, "connector stop")
+    wanted = checked(spec, CONNECTOR_SPEC, "connector stop")
+    step, path = f"stopping {_connector_name(wanted)}", wanted["kubeconfig"]
+    found, detail = _connector(machine, wanted, step)
+    if not found:
+        return {"stopped": False, "detail": detail}
     title = f"deployments.apps/{wanted['deployment']}"
     namespace = f"--namespace={wanted['namespace']}"
-    path = wanted["kubeconfig"]
-    step = f"stopping {wanted['namespace']}/{wanted['deployment']}"
-    get = ["get", title, namespace, "--ignore-not-found", "--output=json"]
-    try:
-        seen = _kubectl(machine, path, get, step)
-    except Failure as failure:
-        if failure.code != "cannot-tell":
-            raise
-        # Whoever cannot be reached here holds no connection to Cloudflare from here either.
-        return {"stopped": False, "detail": failure.cause}
-    if seen.code or not seen.out.strip():
-        if seen.code and "(NotFound)" not in seen.complaint:
-            raise Failure("failed", step, seen.complaint, _doctor_remedy())
-        return {"stopped": False, "detail": "there is no such Deployment"}
     scaled = _kubectl(machine, path, ["scale", title, namespace, "--replicas=0"], step)
     if scaled.code:
         raise Failure("failed", step, scaled.complaint, _doctor_remedy())
     for _ in range(24):
-        seen = _kubectl(machine, path, get, step)
-        if seen.code or not seen.out.strip():
-            break
-        if not (_json(seen.out, step).get("status") or {}).get("replicas"):
-            break
+        found, _detail = _connector(machine, wanted, step)
+        if not (found.get("status") or {}).get("replicas"):
+            return {"stopped": True, "detail": "scaled to 0"}
         say(f"{step}: waiting for its pods to end")
         machine.sleep(PROGRESS_SECONDS)
-    else:
-        raise Failure("timed-out", step, "its pods have not ended in 120 s", "kubectl get pods")
-    return {"stopped": True, "detail": "scaled to 0"}
+    raise Failure("timed-out", step, "its pods have not ended in 120 s", "kubectl get pods")
+
+
+def _connector_name(wanted: Mapping[str, Any]) -> str:
+    return f"{wanted['namespace']}/{wanted['deployment']}"
+
+
+def _connector(
+    machine: Machine, wanted: Mapping[str, Any], step: str
+) -> tuple[dict[str, Any], str]:
+    """The connector's Deployment, empty where there is none, and why."""
+    title = f"deployments.apps/{wanted['deployment']}"
+    get = ["get", title, f"--namespace={wanted['namespace']}", "--ignore-not-found"]
+    try:
+        seen = _kubectl(machine, wanted["kubeconfig"], [*get, "--output=json"], step)
+    except Failure as failure:
+        if failure.code != "cannot-tell":
+            raise
+        # Whoever cannot be reached here holds no connection to Cloudflare from here either.
+        return {}, failure.cause
+    if seen.code and "(NotFound)" not in seen.complaint:
+        raise Failure("failed", step, seen.complaint, _doctor_remedy())
+    if seen.code or not seen.out.strip():
+        return {}, "there is no such Deployment"
+    return _json(seen.out, step), "it exists"
 
 
 OWNER_SPEC: dict[str, Any] = {
@@ -2724,7 +2747,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 class Verb(NamedTuple):
-    """A verb: what runs, an example of its spec, and how a spec comes from the record for a NAME."""
+    """A verb: what runs, an example of its spec, and how the record gives the spec of a NAME."""
 
     run: Callable[[Machine, dict[str, Any]], Result]
     example: Mapping[str, Any]
@@ -2863,6 +2886,10 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "namespace": "argocd",
         },
     ),
+    ("connector", "status"): Verb(
+        connector_status,
+        {"kubeconfig": _KUBECONFIG_EXAMPLE, "namespace": "factory", "deployment": "cloudflared"},
+    ),
     ("connector", "stop"): Verb(
         connector_stop,
         {"kubeconfig": _KUBECONFIG_EXAMPLE, "namespace": "factory", "deployment": "cloudflared"},
@@ -2987,7 +3014,7 @@ def main(
     except Failure as failure:
         answer, code = _refusal(failure), EXIT_CODES[failure.code]
     except OSError as error:
-        remedy = "run it as root (homelab:host.sudo), and see that the disk is neither full nor read-only"
+        remedy = "run it as root (homelab:host.sudo); is the disk full or read-only?"
         where = f"{error.filename}: " if error.filename else ""
         failure = Failure(
             "failed", step, f"{where}{error.strerror or type(error).__name__}", remedy

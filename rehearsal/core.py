@@ -505,8 +505,8 @@ class Faults:
     `provider` is a package; `method` and `urn` are patterns (fnmatch; for Invoke, `urn` is matched
     against the function's token), both `*` by default. `when`: before the step, or after the world
     was changed and before the answer. `do`: `fail` with `message`; `hang` until the engine gives
-    up; come `late` by `seconds`; `kill` the provider's process. `times` (1 by default) is counted
-    across processes. A preview's calls are spared unless `preview` is true.
+    up; come `late` by `seconds` (1 by default); `kill` the provider's process. `times` (1 by
+    default) is counted across processes. A preview's calls are spared unless `preview` is true.
     """
 
     def __init__(self, directory: Path, package: str) -> None:
@@ -536,7 +536,15 @@ class Faults:
         except FileNotFoundError:
             return []
         if stamp != self._read[0]:
-            self._read = (stamp, json.loads(self.file.read_text()))
+            try:
+                faults = json.loads(self.file.read_text())
+            except ValueError as error:
+                raise Failure(f"{self.file} is not JSON: {error}") from None
+            for fault in faults:
+                if fault.get("do") not in ("fail", "hang", "late", "kill"):
+                    does = f'"do" is {fault.get("do")!r}'
+                    raise Failure(f"{self.file}: {does}; allowed: fail, hang, late, kill")
+            self._read = (stamp, faults)
         return self._read[1]
 
     def _count(self, fault: Properties) -> bool:
@@ -558,7 +566,7 @@ class Faults:
             self.cancelled.wait()
             raise Failure("cancelled", "CANCELLED")
         if do == "late":
-            time.sleep(fault["seconds"])
+            time.sleep(fault.get("seconds", 1))
 
 
 # The protocol

@@ -494,7 +494,7 @@ class RehearsalMachine(Machine):
         return _done(f"{container}\n")
 
     def _docker_stop(self, words: list[str]) -> Ran:
-        _, (container,) = _options(words, (), ["--time"])
+        _, (container,) = _options(words, (), ["-t"])
         found = self._node(container)
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
@@ -505,7 +505,7 @@ class RehearsalMachine(Machine):
         return _done(f"{container}\n")
 
     def _docker_restart(self, words: list[str]) -> Ran:
-        _, (container,) = _options(words, (), ["--time"])
+        _, (container,) = _options(words, (), ["-t"])
         found = self._node(container)
         if found:
             self._start(*found)
@@ -529,9 +529,7 @@ class RehearsalMachine(Machine):
 
     def _all_containers(self) -> list[Object]:
         found = [
-            self._facts(cluster, node)
-            for cluster in self.clusters()
-            for node in cluster["nodes"]
+            self._facts(cluster, node) for cluster in self.clusters() for node in cluster["nodes"]
         ]
         for file in sorted((self.root / "containers").glob("*.json")):
             found.append(json.loads(file.read_text()))

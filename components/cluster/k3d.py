@@ -68,6 +68,7 @@ class LiveCluster:
         """Says in the preview what up will do to the cluster, and what could not be seen."""
         if self.state == "absent":
             pulumi.log.info(f"cluster {cluster.name} does not exist on {host}: up creates it")
+            return
         elif self.state == "stopped":
             pulumi.log.warn(f"cluster {cluster.name} on {host} is stopped: up starts it")
         for difference in self.differences:

@@ -16,6 +16,7 @@ from components.settings.model import (
     Port,
     Text,
     hostname_is_valid,
+    is_clean_path,
 )
 from components.settings.problem import Path, Problem, key_path
 
@@ -83,15 +84,11 @@ def _is_private_network(text: str) -> bool:
 
 def _usable_for_storage(path: str) -> bool:
     return (
-        _clean(path)
+        is_clean_path(path)
         and path.split("/")[1] not in _SYSTEM
         and path not in _SHARED
         and not path.startswith("/var/lib/docker/")
     )
-
-
-def _clean(path: str) -> bool:
-    return not {".", ".."} & set(path.split("/"))
 
 
 IpAddress = Annotated[

@@ -126,7 +126,8 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _SEGMENT = r"[A-Za-z0-9_@+=,.-]+"
 
 
-def _clean_path(path: str) -> bool:
+def is_clean_path(path: str) -> bool:
+    """No way up or around, and no longer than Linux takes."""
     return len(path) <= 4096 and not {".", ".."} & set(path.split("/"))
 
 
@@ -176,7 +177,7 @@ AbsolutePath = Annotated[
         "write the path from / on, as it is on that machine",
         "/var/lib/homelab/example",
         rf"(?:/{_SEGMENT})+",
-        _clean_path,
+        is_clean_path,
     ),
 ]
 SecretFile = Annotated[
@@ -187,7 +188,7 @@ SecretFile = Annotated[
         "encrypted setting",
         "/run/agenix/example",
         rf"(?:/{_SEGMENT})+",
-        _clean_path,
+        is_clean_path,
         shown=False,
     ),
 ]
@@ -198,7 +199,7 @@ OperatorPath = Annotated[
         "write the path from / or ~/ on, as it is on the machine that runs Pulumi",
         "~/.ssh/known_hosts",
         rf"~?(?:/{_SEGMENT})+",
-        _clean_path,
+        is_clean_path,
     ),
 ]
 Account = Annotated[

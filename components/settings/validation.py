@@ -243,7 +243,7 @@ def _problem(model: Any, detail: ErrorDetails) -> Problem:
     if detail["type"] == "string_type":
         remedy += "; text that looks like a number or a date needs quotes"
     shows = node.shows_value and isinstance(detail["input"], str | int | float)
-    return Problem(path, detail["input"], node.allowed(), remedy)
+    return Problem(path, detail["input"] if shows else HIDDEN, node.allowed(), remedy)
 
 
 def _unknown_key(path: Path, parent: _Node | None) -> Problem:

@@ -152,6 +152,12 @@ _ZERO: dict[str, Properties] = {
     IMAGE: {},
 }
 
+_REPLACING: dict[DiffKind, DiffKind] = {
+    "ADD": "ADD_REPLACE",
+    "DELETE": "DELETE_REPLACE",
+    "UPDATE": "UPDATE_REPLACE",
+}
+
 _BUILT_IN_MODES = ("bridge", "host", "none", "default")
 
 
@@ -219,8 +225,11 @@ class Docker(Bridged):
             if not found:
                 continue
             changed.append(name)
-            suffix = "_REPLACE" if name in replacing else ""
-            detailed.update({path: kind + suffix for path, kind in found.items()})  # type: ignore
+            detailed.update(
+                {path: _REPLACING[kind] for path, kind in found.items()}
+                if name in replacing
+                else found
+            )
         replaces = sorted(name for name in changed if name in replacing)
         named = "name" not in request.news.get("__defaults", [])
         return Diff(

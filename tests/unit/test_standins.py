@@ -300,6 +300,37 @@ def test_a_preview_is_spared_unless_the_fault_says_so(tmp_path: Path):
         faults.strike("before", "Create", "urn", preview=True)
 
 
+@pytest.mark.parametrize(("text", "reason"), [("[", "not JSON"), ('[{"do": "stop"}]', "allowed")])
+def test_a_fault_that_cannot_be_read_is_told(tmp_path: Path, text: str, reason: str):
+    (tmp_path / "faults.json").write_text(text)
+    with pytest.raises(Failure, match=rf"faults\.json.*{reason}"):
+        core.Faults(tmp_path, "docker").strike("before", "Create", "urn", preview=False)
+
+
+def test_an_object_that_did_not_get_ready_reaches_the_engine(tmp_path: Path):
+    class Slow(core.Provider):
+        package = "slow"
+
+        def create(self, request: Request) -> tuple[str, core.Properties]:
+            reasons = ["no address"]
+            raise core.InitFailed("not ready", "the-id", {"a": Secret(1)}, {"a": 1}, reasons)
+
+    server, port = core.listen(Slow(tmp_path))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = core.provider_pb2_grpc.ResourceProviderStub(channel)
+        with pytest.raises(grpc.RpcError, match="not ready") as failed:
+            stub.Create(core.provider_pb2.CreateRequest(urn="urn:pulumi:s::p::slow:i:T::n"))
+    server.stop(grace=None)
+    (details,) = [
+        held for key, held in failed.value.trailing_metadata() if key == "grpc-status-details-bin"
+    ]
+    status = core.status_pb2.Status.FromString(details)
+    detail = core.provider_pb2.ErrorResourceInitFailed()
+    assert status.details[0].Unpack(detail)
+    assert (detail.id, list(detail.reasons)) == ("the-id", ["no address"])
+    assert core.unmarshal(detail.properties) == {"a": Secret(1)}
+
+
 # Schemas
 
 
