@@ -4,6 +4,9 @@ STACK ?= p510
 TESTS ?=
 setup = $(PYTHON) -m setup
 
+# Without cached bytecode every run compiles the providers' SDKs anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup rehearse test check bench format
 

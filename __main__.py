@@ -1,4 +1,4 @@
-"""The platform of one host on one screen: what is there -> cluster -> what lives in it -> outputs."""
+"""The platform of one host on one screen: what is there, the cluster, what lives in it, outputs."""
 
 import pulumi
 import pulumi_docker as docker
@@ -11,22 +11,20 @@ from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster
 from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
 from components.host import Connection, Host
 from components.namespaces import Namespaces, NamespacesArgs
+from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
 stack = settings.load()
 name = stack.cluster.name
-if stack.tunnels:
-    # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
-    from components import tunnel
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
 live = LiveCluster.read(stack.cluster, connection)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
-if stack.tunnels and live.state == "running":
-    tunnel.refuse_two_owners(stack.tunnels, stack.cluster.kubeconfig.path, connection)
+if live.state == "running":
+    refuse_two_owners(stack.tunnels, stack.cluster.kubeconfig.path, connection)
 live.announce(stack.cluster, connection.name)
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
@@ -45,12 +43,15 @@ if stack.argocd and revision:
     argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[secrets]))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
-    account = tunnel.cloudflare_provider(stack.cloudflare)
-    for key, declared in stack.tunnels.items():
-        args = tunnel.CloudflareTunnelArgs(
-            stack.cloudflare, declared, account, engine, cluster, after=[namespaces]
+    # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
+    from components.tunnel import CloudflareTunnel, CloudflareTunnelArgs, cloudflare_provider
+
+    account = cloudflare_provider(stack.cloudflare)
+    for key, tunnel in stack.tunnels.items():
+        args = CloudflareTunnelArgs(
+            stack.cloudflare, tunnel, account, engine, cluster, [namespaces]
         )
-        tunnels[key] = tunnel.CloudflareTunnel(key, args)
+        tunnels[key] = CloudflareTunnel(key, args)
 if stack.tailscale and stack.tailscale.operator:
     operator = TailscaleOperatorArgs(stack.tailscale.operator, cluster, after=[namespaces])
     TailscaleOperator(name, operator)

@@ -1,4 +1,6 @@
-"""ArgoCD, bootstrapped from a Git repository: `kubectl apply -k repository//path?ref=commit`, server-side, on the host."""
+"""ArgoCD, bootstrapped from a Git repository: `kubectl apply -k repository//path?ref=commit`,
+server-side, on the host.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +15,18 @@ from components.host import Connection
 
 @dataclass(frozen=True)
 class Revision:
-    """The commit to apply. ``commit`` is None when none was ever applied and none can be had now."""
+    """The commit to apply: None when none was ever applied and none can be had now."""
 
     commit: str | None
 
     @classmethod
     def read(cls, argocd: settings.ArgoCD, cluster: str, connection: Connection) -> "Revision":
-        """Asks the repository, from the host, for the commit that ``ref`` points to now, and says from what to what a run would move.
+        """Asks the repository, from the host, for the commit that ``ref`` points to now, and says
+        from what to what a run would move.
 
-        A repository that cannot be reached, or has no such ref, is a warning: what is applied stays and the cluster stays up. Raises
-        HostError when git or kubectl is missing on the host or too old.
+        A repository that cannot be reached, or has no such ref, is a warning: what is applied stays
+        and the cluster stays up. Raises HostError when git or kubectl is missing on the host or too
+        old.
         """
         answer = connection.read(
             ["argocd", "resolve"],
@@ -38,13 +42,14 @@ class Revision:
         if answer["state"] != "resolved":
             kept = f"commit {applied} stays applied" if applied else "nothing is applied"
             pulumi.log.warn(
-                f"ArgoCD bootstrap: {argocd.repository} at {argocd.ref}: {answer['detail']}; {kept}."
-                " Remedy: create or reach the repository and run up again."
+                f"ArgoCD bootstrap: {argocd.repository} at {argocd.ref}: {answer['detail']};"
+                f" {kept}. Remedy: create or reach the repository and run up again."
             )
             return cls(applied)
         if applied != answer["commit"]:
             pulumi.log.info(
-                f"ArgoCD bootstrap: {argocd.ref} moves from {applied or 'nothing'} to {answer['commit']}"
+                f"ArgoCD bootstrap: {argocd.ref} moves from {applied or 'nothing'}"
+                f" to {answer['commit']}"
             )
         return cls(answer["commit"])
 
@@ -61,8 +66,9 @@ class ArgoCDArgs:
 class ArgoCD(pulumi.ComponentResource):
     """Applies the bootstrap kustomization and leaves the rest to ArgoCD.
 
-    It never deletes what an earlier commit applied, on no edit and on no destroy: those objects are ArgoCD's (design rule 5). The commit
-    is an input, so a preview shows the move, and a saved plan refuses any other commit than the one previewed.
+    It never deletes what an earlier commit applied, on no edit and on no destroy: those objects are
+    ArgoCD's (design rule 5). The commit is an input, so a preview shows the move, and a saved plan
+    refuses any other commit than the one previewed.
     """
 
     output: pulumi.Output[homelab.ArgoCD]

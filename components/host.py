@@ -1,11 +1,15 @@
 """Where the commands of a stack run: on this machine, or on a host over OpenSSH.
 
-Everything a host does for a stack is a verb of ``hostctl`` (see ``hostctl/README.md``), called in two ways:
+Everything a host does for a stack is a verb of ``hostctl`` (see ``hostctl/README.md``), called in
+two ways:
 
-- *read*: hostctl's text is piped to the host's ``python3`` by the invoke ``command:local:run``, which preview and up both
+- *read*: hostctl's text is piped to the host's ``python3`` by the invoke ``command:local:run``,
+which preview and up both
   execute. Nothing has to be installed, so the first preview of a new host works.
-- *change*: a :class:`pulumi_command.local.Command` runs the hostctl that :class:`Host` installed at a fixed path. Its inputs
-  hold no path, user or hash of a checkout: two operators see no difference, and a delete stored long ago still runs.
+- *change*: a :class:`pulumi_command.local.Command` runs the hostctl that :class:`Host` installed at
+a fixed path. Its inputs
+  hold no path, user or hash of a checkout: two operators see no difference, and a delete stored
+  long ago still runs.
 """
 
 import json
@@ -21,7 +25,8 @@ from components import settings
 
 _HOSTCTL = Path(__file__).parent.parent / "hostctl" / "hostctl.py"
 
-# `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that `ps` shows.
+# `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that
+# `ps` shows.
 _BOOT = (
     'import io,json,sys;r=json.load(sys.stdin);g={"__name__":"hostctl"};'
     'exec(compile(r["program"],"hostctl","exec"),g);'
@@ -35,14 +40,17 @@ _INSTALL = (
 
 
 class HostError(pulumi.RunError):
-    """A host that cannot be read or that refuses: names the host, the step, the cause and the remedy."""
+    """A host that cannot be read or that refuses: names the host, the step, the cause and the
+    remedy.
+    """
 
 
 class Connection:
     """How commands reach the host of a stack.
 
-    ``settings.connection`` ``local`` runs them on the machine that runs Pulumi; ``ssh`` by the OpenSSH client, which brings its own
-    agent, ``~/.ssh/config`` and ProxyJump. Host keys are always checked and nothing is ever asked.
+    ``settings.connection`` ``local`` runs them on the machine that runs Pulumi; ``ssh`` by the
+    OpenSSH client, which brings its own agent, ``~/.ssh/config`` and ProxyJump. Host keys are
+    always checked and nothing is ever asked.
     """
 
     def __init__(self, host: settings.Host) -> None:
@@ -79,7 +87,8 @@ class Connection:
     def read(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
         """Runs a verb that only looks, now, and returns its result.
 
-        Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the caller has registered nothing yet.
+        Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the
+        caller has registered nothing yet.
         """
         step = f"hostctl {' '.join(verb)} on {self.name}"
         try:
@@ -90,24 +99,29 @@ class Connection:
                 add_previous_output_in_env=False,
             )
         except Exception as failure:
-            raise HostError(
-                f"{step} did not run.\n  Cause: {_last_line(str(failure))}\n  Remedy: {self._unreachable_remedy()}"
-            ) from None
+            cause = _last_line(str(failure))
+            raise _error(f"{step} did not run", cause, self._unreachable_remedy()) from None
         try:
             result = json.loads(answer.stdout)
         except ValueError:
-            raise HostError(
-                f"{step} printed no JSON result.\n  Cause: {_last_line(answer.stderr) or 'no output'}\n"
-                "  Remedy: run the verb by hand on the host and read what it prints."
+            raise _error(
+                f"{step} printed no JSON result",
+                _last_line(answer.stderr) or "no output",
+                "run the verb by hand on the host and read what it prints",
             ) from None
         if result["ok"]:
             return result
         error = result["error"]
-        raise HostError(f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n  Remedy: {error['remedy']}")
+        raise _error(f"{error['step']} on {self.name} failed", error["cause"], error["remedy"])
 
     def _ssh(self) -> list[str]:
         host = self._host
-        options = ["BatchMode=yes", "StrictHostKeyChecking=yes", "ConnectTimeout=10", "ServerAliveInterval=15"]
+        options = [
+            "BatchMode=yes",
+            "StrictHostKeyChecking=yes",
+            "ConnectTimeout=10",
+            "ServerAliveInterval=15",
+        ]
         if host.known_hosts:
             options.append(f"UserKnownHostsFile={host.known_hosts}")
         argv = ["ssh", *(word for option in options for word in ("-o", option))]
@@ -132,7 +146,8 @@ class Connection:
 class Host(pulumi.ComponentResource):
     """The host of a stack, with hostctl installed at ``homelab:host.hostctl``.
 
-    The installed file stays when the stack is destroyed: other stacks on the host, its boot unit and a person on a broken night use it.
+    The installed file stays when the stack is destroyed: other stacks on the host, its boot unit
+    and a person on a broken night use it.
     """
 
     hostctl: local.Command
@@ -165,11 +180,13 @@ class Host(pulumi.ComponentResource):
         triggers: Sequence[Any] | None = None,
         opts: pulumi.ResourceOptions,
     ) -> local.Command:
-        """A verb of the installed hostctl as a resource: create and update are the same idempotent call.
+        """A verb of the installed hostctl as a resource: create and update are the same idempotent
+        call.
 
-        ``spec`` travels on stdin, so an edit updates in place and never replaces; ``triggers`` replace, deleting first. ``secret``
-        marks the spec and both outputs secret and logs nothing: a failed command's text would otherwise be printed. ``delete`` is the
-        verb that `destroy` runs from the state; without one nothing is undone on the host.
+        ``spec`` travels on stdin, so an edit updates in place and never replaces; ``triggers``
+        replace, deleting first. ``secret`` marks the spec and both outputs secret and logs nothing:
+        a failed command's text would otherwise be printed. ``delete`` is the verb that `destroy`
+        runs from the state; without one nothing is undone on the host.
         """
         stdin = pulumi.Output.json_dumps(spec)
         return local.Command(
@@ -195,6 +212,10 @@ class Host(pulumi.ComponentResource):
 def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:
     """The JSON result that a hostctl verb printed."""
     return command.stdout.apply(json.loads)
+
+
+def _error(step: str, cause: str, remedy: str) -> HostError:
+    return HostError(f"{step}.\n  Cause: {cause}\n  Remedy: {remedy}")
 
 
 def _last_line(text: str) -> str:

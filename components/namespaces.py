@@ -11,14 +11,18 @@ from components.cluster import Cluster
 
 @dataclass(frozen=True)
 class NamespacesArgs:
-    """``owners`` says of each namespace who makes it: `pulumi`, or `argocd`, then it is only known by name."""
+    """``owners`` says of each namespace who makes it: `pulumi`, or `argocd`, then it is only known
+    by name.
+    """
 
     owners: Mapping[str, str]
     cluster: Cluster
 
 
 class Namespaces(pulumi.ComponentResource):
-    """The namespaces that the stack owns. One taken out of the settings stays, with all that others run in it."""
+    """The namespaces that the stack owns. One taken out of the settings stays, with all that others
+    run in it.
+    """
 
     namespaces: dict[str, kubernetes.core.v1.Namespace]
     """Those of the stack, by name."""
@@ -34,7 +38,6 @@ class Namespaces(pulumi.ComponentResource):
             provider=args.cluster.provider,
             deleted_with=args.cluster.identity,
             retain_on_delete=True,
-
         )
         self.namespaces = {
             namespace: kubernetes.core.v1.Namespace(

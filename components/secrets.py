@@ -1,4 +1,6 @@
-"""The Secrets of a stack: their values from encrypted config or decrypted files, and the objects in the cluster."""
+"""The Secrets of a stack: their values from encrypted config or decrypted files, and the objects in
+the cluster.
+"""
 
 import base64
 import binascii
@@ -18,6 +20,9 @@ from components.cluster import Cluster
 from components.host import Connection, HostError
 from components.namespaces import Namespaces
 
+# The key under which Tailscale's containers look; what is in the file may be something else (004:
+# the file kept its name).
+_AUTH_KEY = "TS_AUTHKEY"
 _LABELS = {"app.kubernetes.io/managed-by": "pulumi"}
 
 
@@ -37,7 +42,9 @@ class SecretValue:
 
     @property
     def digest(self) -> str:
-        """Changes exactly when the value does. Kept secret all the same: a short value could be guessed from it."""
+        """Changes exactly when the value does. Kept secret all the same: a short value could be
+        guessed from it.
+        """
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
 
 
@@ -48,8 +55,9 @@ def read_values(
 ) -> list[SecretValue]:
     """The values of all declared Secrets, read now and on the machine that the settings name.
 
-    An optional Secret whose file is missing is left out with a warning. Raises HostError with all problems at once: a file that is
-    missing, unreadable, or not what the declaration says it is. Files are named, their content never (incidents 7 and 17).
+    An optional Secret whose file is missing is left out with a warning. Raises HostError with all
+    problems at once: a file that is missing, unreadable, or not what the declaration says it is.
+    Files are named, their content never (incidents 7 and 17).
     """
     contents: dict[tuple[str, str], dict[str, Any]] = {}
     for machine in ("host", "here"):
@@ -70,7 +78,8 @@ def read_values(
         missing = [path for path in paths if contents[machine, path]["state"] == "absent"]
         if missing and secret.secret.optional:
             pulumi.log.warn(
-                f"Secret {secret.namespace}/{secret.name} is optional and left out: {', '.join(missing)} does not exist"
+                f"Secret {secret.namespace}/{secret.name} is optional and left out:"
+                f" {', '.join(missing)} does not exist"
             )
             continue
         try:
@@ -81,8 +90,8 @@ def read_values(
         raise HostError(
             f"{len(problems)} Secret(s) cannot be read:\n"
             + "\n".join(dict.fromkeys(problems))
-            + "\n  Remedy: let agenix or sops decrypt the file there, correct the path under homelab:secrets, or mark the Secret"
-            " `optional: true`."
+            + "\n  Remedy: let agenix or sops decrypt the file there, correct the path under"
+            " homelab:secrets, or mark the Secret `optional: true`."
         )
     return values
 
@@ -104,8 +113,7 @@ def _requests(secret: settings.DeclaredSecret) -> list[dict[str, Any]]:
         common |= {"namespace": declared_as[0], "name": declared_as[1]}
         return [{"path": source.manifest, "as": "manifest", "keys": [], **common}]
     return [
-        {"path": path, "as": "value", "keys": [key], **common}
-        for key, path in source.files.items()
+        {"path": path, "as": "value", "keys": [key], **common} for key, path in source.files.items()
     ]
 
 
@@ -117,7 +125,8 @@ def _read_files(
     answer = reader.read(["files", "read"], {"files": list(unique.values())})
     if answer["made_up"]:
         pulumi.log.warn(
-            f"rehearsal: made up values for {len(answer['made_up'])} files that {reader.name} does not have"
+            f"rehearsal: made up values for {len(answer['made_up'])} files that {reader.name}"
+            " does not have"
         )
     return {(machine, path): seen for path, seen in answer["files"].items()}
 
@@ -136,6 +145,10 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
             content = base64.b64decode(files[path]["content"])
             data[key] = base64.b64encode(content.removesuffix(b"\n")).decode()
     _require_keys(source.type, data)
+    if _AUTH_KEY in data and (
+        problem := settings.auth_key_problem(base64.b64decode(data[_AUTH_KEY]).decode("latin-1"))
+    ):
+        raise _Unusable(f"{_AUTH_KEY}: {problem}")
     return SecretValue(
         namespace=secret.namespace,
         name=secret.name,
@@ -146,9 +159,7 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
     )
 
 
-def _manifest_data(
-    secret: settings.DeclaredSecret, path: str, content: bytes
-) -> dict[str, str]:
+def _manifest_data(secret: settings.DeclaredSecret, path: str, content: bytes) -> dict[str, str]:
     """The data of a file that holds a whole Secret; it must be the Secret that is declared."""
     try:
         documents = [document for document in yaml.safe_load_all(content) if document]
@@ -187,7 +198,9 @@ def _manifest_data(
 
 
 def _require_keys(secret_type: str, data: Mapping[str, str]) -> None:
-    """The keys that the API server demands of a type, refused here by name instead of there, half-way through."""
+    """The keys that the API server demands of a type, refused here by name instead of there,
+    half-way through.
+    """
     missing = settings.missing_keys(secret_type, data)
     if missing:
         raise _Unusable(f"type {secret_type} needs {missing}")
@@ -212,8 +225,9 @@ class SecretsArgs:
 class Secrets(pulumi.ComponentResource):
     """All Secrets of a stack.
 
-    A seed-only Secret is created when absent and never written again, not even on a changed seed (incident 8); a kubernetes Secret
-    cannot do that (Create fails where it exists, upsert overwrites), so hostctl does. Workloads that use a changed Secret are rolled.
+    A seed-only Secret is created when absent and never written again, not even on a changed seed
+    (incident 8); a kubernetes Secret cannot do that (Create fails where it exists, upsert
+    overwrites), so hostctl does. Workloads that use a changed Secret are rolled.
     """
 
     def __init__(

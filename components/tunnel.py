@@ -20,9 +20,8 @@ thereby migrated and keeps its id.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pulumi
 import pulumi_cloudflare as cloudflare
@@ -32,7 +31,7 @@ import pulumi_kubernetes as kubernetes
 import homelab
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection
+from components.ownership import deployment_name
 
 # User `nonroot` of cloudflared's image. A number, since runAsNonRoot cannot judge a name.
 _USER = 65532
@@ -52,49 +51,6 @@ def cloudflare_provider(account: settings.Cloudflare) -> cloudflare.Provider:
     return cloudflare.Provider(
         "cloudflare", api_token=pulumi.Output.secret(account.api_token.get_secret_value())
     )
-
-
-def deployment_name(tunnel: str) -> str:
-    """The Deployment of an in-cluster connector.
-
-    The incumbent's is called `cloudflared` and belongs to ArgoCD; with another name both can run
-    while one hands over to the other.
-    """
-    return f"cloudflared-{tunnel}"
-
-
-def refuse_two_owners(
-    tunnels: Mapping[str, settings.Tunnel], kubeconfig: str, connection: Connection
-) -> None:
-    """Refuses an in-cluster connector beside one that ArgoCD owns (design rule 5).
-
-    Looks at the Deployment that the connector would have, and at the incumbent's `cloudflared`.
-    ``kubeconfig`` is its path on the host; the cluster runs.
-    """
-    for name, tunnel in tunnels.items():
-        connector = tunnel.connector
-        if connector.kind != "cluster":
-            continue
-        for deployment in ("cloudflared", deployment_name(name)):
-            owner = connection.read(
-                ["cluster", "owner"],
-                {
-                    "kubeconfig": kubeconfig,
-                    "namespace": connector.namespace,
-                    "kind": "Deployment",
-                    "name": deployment,
-                },
-            )
-            if owner["argocd"]:
-                raise pulumi.RunError(
-                    f"homelab:tunnels.{name}.connector: kind cluster, but Deployment"
-                    f" {connector.namespace}/{deployment} belongs to ArgoCD application"
-                    f" {owner['argocd']}.\n  Remedy: hand it over (annotate it"
-                    " argocd.argoproj.io/sync-options: Prune=false, take it out of the GitOps"
-                    " repository, sync, remove its argocd.argoproj.io/tracking-id annotation and"
-                    " app.kubernetes.io/instance label, and delete it after up), or leave it to"
-                    " ArgoCD with connector.kind: external."
-                )
 
 
 def connector_token(
@@ -194,14 +150,9 @@ class CloudflareTunnel(pulumi.ComponentResource):
         self.public = pulumi.Output.from_input(
             [hostname for hostname, access in access_by_hostname.items() if not access]
         )
-        self.output = pulumi.Output.from_input(
-            {
-                "id": self.id,
-                "name": self.name,
-                "connector": self.connector,
-                "public": self.public,
-            }
-        )
+        self.output = pulumi.Output.all(
+            id=self.id, name=self.name, connector=self.connector, public=self.public
+        ).apply(lambda seen: homelab.Tunnel(**seen))
         self.register_outputs(
             {
                 "id": self.id,
@@ -226,7 +177,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions.merge(
                 self._options,
                 pulumi.ResourceOptions(
-                    protect=True,
+                    protect=tunnel.delete != self._name,
                     import_=f"{account.account_id}/{adopt.id}" if adopt else None,
                     # configSrc: a change replaces the tunnel, and every connector and record with
                     # it; putting a configuration moves it to remote management without.

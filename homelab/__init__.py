@@ -1,11 +1,13 @@
-"""The outputs of a homelab stack: a versioned contract, and the typed way for another Pulumi project to read it.
+"""The outputs of a homelab stack: a versioned contract, and the typed way for another Pulumi
+project to read it.
 
     from homelab import Platform
 
-    p510 = Platform("organization/homelab/p510")   # `organization` is the literal word on a file backend
-    pulumi.export("argocd", p510.urls["argocd.example.org"])
+    p510 = Platform("organization/homelab/p510")   # `organization` is the literal word on a file
+    backend pulumi.export("argocd", p510.urls["argocd.example.org"])
 
-A stack exports each field of :class:`Platform` under its name in camelCase. Within one contract version fields are only added.
+A stack exports each field of :class:`Platform` under its name in camelCase. Within one contract
+version fields are only added.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ CONTRACT_VERSION = 1
 
 
 class Cluster(TypedDict):
-    """`cluster`: the Kubernetes cluster. ``identity`` changes exactly when it is another cluster."""
+    """`cluster`: ``identity`` changes exactly when it is another cluster."""
 
     name: str
     identity: str
@@ -29,7 +31,9 @@ class Cluster(TypedDict):
 
 
 class ArgoCD(TypedDict):
-    """`argocd`: what ArgoCD was bootstrapped from; ``commit`` is None while nothing was applied yet."""
+    """`argocd`: what ArgoCD was bootstrapped from; ``commit`` is None while nothing was applied
+    yet.
+    """
 
     repository: str
     ref: str
@@ -40,7 +44,8 @@ class ArgoCD(TypedDict):
 class Tunnel(TypedDict):
     """An entry of `tunnels`, by tunnel name; ``connector`` is cluster, host or external.
 
-    ``public`` lists the hostnames without an Access application: anyone on the internet reaches them.
+    ``public`` lists the hostnames without an Access application: anyone on the internet reaches
+    them.
     """
 
     id: str
@@ -52,8 +57,9 @@ class Tunnel(TypedDict):
 class Platform:
     """A homelab stack as its consumers see it.
 
-    Every attribute is an Output. A stack that does not exist, has not been brought up, or speaks another contract version fails the
-    consumer's preview by name; no missing output ever reads as an empty value.
+    Every attribute is an Output. A stack that does not exist, has not been brought up, or speaks
+    another contract version fails the consumer's preview by name; no missing output ever reads as
+    an empty value.
     """
 
     def __init__(self, stack: str, opts: pulumi.ResourceOptions | None = None) -> None:
@@ -67,7 +73,9 @@ class Platform:
 
     @property
     def kubeconfig(self) -> pulumi.Output[str]:
-        """YAML text; secret. Reachable where the stack's API address is: on the host itself for a loopback one."""
+        """YAML text; secret. Reachable where the stack's API address is: on the host itself for a
+        loopback one.
+        """
         return pulumi.Output.secret(self._read("kubeconfig"))
 
     @property
@@ -98,8 +106,8 @@ class Platform:
     def _checked_version(self, version: float) -> int:
         if int(version) != CONTRACT_VERSION:
             raise pulumi.RunError(
-                f"stack {self._stack} exports outputs of contract version {version:g}; this program reads version"
-                f" {CONTRACT_VERSION}. Remedy: bring both to the same release of homelab."
+                f"stack {self._stack} exports outputs of contract version {version:g}; this program"
+                f" reads version {CONTRACT_VERSION}. Remedy: bring both to the same release of homelab."
             )
         return int(version)
 

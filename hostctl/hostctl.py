@@ -154,8 +154,8 @@ class Machine:
     ) -> Ran:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
 
-        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has a session
-        of its own, so that an interrupt here does not cut it off half-way, and inherits the host
+        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
+        session, so that an interrupt here does not cut it off half-way, and inherits the host's
         locks, so that nobody else starts while a child of a killed hostctl still works.
         """
         sink = open(to_file, "xb") if to_file else None  # noqa: SIM115
@@ -174,41 +174,38 @@ class Machine:
         finally:
             if sink:
                 sink.close()
-        kept: dict[str, bytearray] = {"out": bytearray(), "err": bytearray()}
+        kept = {"out": bytearray(), "err": bytearray()}
 
         def drain(name: str, stream: Any) -> None:
-            for piece in iter(lambda: stream.read(65536), b""):
-                kept[name] += piece[: max(0, limit - len(kept[name]))]
+            with stream:
+                for piece in iter(lambda: stream.read1(65536), b""):
+                    kept[name] += piece[: max(0, limit - len(kept[name]))]
 
-        workers = [threading.Thread(target=drain, args=("err", child.stderr), daemon=True)]
+        def feed(stream: Any) -> None:
+            with contextlib.suppress(BrokenPipeError), stream:
+                stream.write(input)
+
+        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+            (feed, (child.stdin,)),
+            (drain, ("err", child.stderr)),
+        ]
         if child.stdout:
-            workers.append(threading.Thread(target=drain, args=("out", child.stdout), daemon=True))
+            work.append((drain, ("out", child.stdout)))
+        workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]
         for worker in workers:
             worker.start()
-        with contextlib.suppress(BrokenPipeError):
-            assert child.stdin
-            child.stdin.write(input)
-            child.stdin.close()
         started = time.monotonic()
-        while True:
-            left = timeout - (time.monotonic() - started)
-            try:
-                child.wait(min(left, PROGRESS_SECONDS) if left > 0 else 0.01)
-                break
-            except subprocess.TimeoutExpired:
-                if left <= 0:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-                    raise TookTooLong(argv[0]) from None
-                if tick:
-                    tick(time.monotonic() - started)
-        for worker in workers:
-            # A daemon that the child left behind may hold the pipe open.
-            worker.join(5)
-        for stream in (child.stdout, child.stderr):
-            if stream:
-                stream.close()
+        while not _ended(child, workers, min(PROGRESS_SECONDS, timeout)):
+            waited = time.monotonic() - started
+            if waited >= timeout:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                for worker in workers:
+                    worker.join(1)
+                raise TookTooLong(argv[0])
+            if tick:
+                tick(waited)
         return Ran(child.returncode, bytes(kept["out"]), bytes(kept["err"]))
 
     # Files
@@ -272,7 +269,7 @@ class Machine:
         return self.stat(path) is not None
 
     def stat(self, path: str) -> Stat | None:
-        """Facts of a file, links followed; None when there is none, OSError when it cannot be told."""
+        """Facts of a file, links followed; None when there is none. Raises OSError."""
         try:
             seen = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -418,6 +415,18 @@ class Machine:
     def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
         """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
         return None
+
+
+def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> bool:
+    """Whether the child is done after at most so many seconds. The end of its output tells, since a
+    wait for the process itself would poll; a daemon that it left behind may keep that open."""
+    until = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(max(0.0, until - time.monotonic()))
+        return True
+    return False
 
 
 def _socket(address: str) -> socket.socket:
@@ -2345,9 +2354,10 @@ def _restart_older(machine: Machine, container: str, path: str, step: str) -> bo
     written = machine.stat(path)
     if state["Status"] != "running" or written is None:
         return False
-    # Docker writes nanoseconds; whole seconds are compared, since two clocks' reads may cross.
-    started = datetime.strptime(state["StartedAt"][:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z")
-    if started.timestamp() > int(written.modified):
+    # Docker writes up to nanoseconds, strptime reads up to microseconds.
+    text = f"{state['StartedAt'].rstrip('Z')[:26]}+0000"
+    form = "%Y-%m-%dT%H:%M:%S.%f%z" if "." in text else "%Y-%m-%dT%H:%M:%S%z"
+    if datetime.strptime(text, form).timestamp() > written.modified:
         return False
     say(f"restarting {container}, which reads {path}")
     _restart(machine, container)
@@ -2651,7 +2661,7 @@ CONNECTOR_SPEC: dict[str, Any] = {
 
 
 def connector_status(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Says how many pods of a tunnel's connector are ready; an absent cluster or Deployment has none."""
+    """Says how many pods of a tunnel's connector are ready; what is absent has none."""
     wanted = checked(spec, CONNECTOR_SPEC, "connector status")
     found, detail = _connector(machine, wanted, f"looking at {_connector_name(wanted)}")
     return {"ready": (found.get("status") or {}).get("readyReplicas", 0), "detail": detail}

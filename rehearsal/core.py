@@ -867,7 +867,8 @@ def serve(provider: type[Provider]) -> None:
     with suppress(KeyboardInterrupt):
         while server.wait_for_termination(timeout=1) and os.getppid() == engine:
             pass
-    server.stop(grace=None)
+    # An ordinary exit would wait for a call that hangs.
+    os._exit(0)
 
 
 def _engine_log(address: str) -> Log:

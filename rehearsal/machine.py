@@ -451,7 +451,8 @@ class RehearsalMachine(Machine):
             files["/output/kubeconfig.yaml"] = [("kubeconfig.yaml", text)]
         if path not in files:
             return _failed(
-                f"Error response from daemon: Could not find the file {path} in container {container}"
+                f"Error response from daemon: Could not find the file {path} in container "
+                f"{container}"
             )
         return _done(_archive(files[path]))
 
@@ -488,7 +489,7 @@ class RehearsalMachine(Machine):
             # k3d writes its entrypoint into a node before it starts it.
             return _failed(
                 f"Error response from daemon: failed to create task for container {container}: "
-                'exec: "/bin/k3d-entrypoint.sh": stat /bin/k3d-entrypoint.sh: no such file or directory'
+                'exec: "/bin/k3d-entrypoint.sh": stat /bin/k3d-entrypoint.sh: no such file'
             )
         self._start(cluster, node)
         return _done(f"{container}\n")
@@ -706,7 +707,7 @@ class RehearsalMachine(Machine):
         )
 
     def create_cluster(self, config: Object, *, cut_off: bool = False) -> Object:
-        """What `k3d cluster create` makes of its config; `cut_off` between creating and starting."""
+        """What `k3d cluster create` makes of its config; `cut_off` before it starts the nodes."""
         name = config["metadata"]["name"]
         network = config.get("network") or f"k3d-{name}"
         volumes = self.setting("volumes.json", [])
@@ -896,8 +897,8 @@ class RehearsalMachine(Machine):
                     "x509: certificate signed by unknown authority"
                 )
         return _failed(
-            f"The connection to the server 127.0.0.1:{port} was refused - did you specify the right "
-            "host or port?"
+            f"The connection to the server 127.0.0.1:{port} was refused - did you specify the "
+            "right host or port?"
         )
 
     def _kubectl(self, words: list[str], input: bytes, cluster: Object) -> Ran:

@@ -14,8 +14,10 @@ class Cluster:
 
     name: str
     provider: kubernetes.Provider
-    identity: pulumi.Resource
-    """What lives in the cluster is `deleted_with` this; it is replaced exactly when the cluster is another one."""
+    identity: pulumi.CustomResource
+    """What lives in the cluster is `deleted_with` this; it is replaced exactly when the cluster is
+    another one.
+    """
     kubeconfig: pulumi.Input[str]
     """Path of the kubeconfig on the host, for what hostctl does in the cluster."""
     host: Host

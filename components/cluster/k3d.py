@@ -1,4 +1,6 @@
-"""A k3d cluster: its network and node image by the docker provider, the cluster itself by hostctl on the host."""
+"""A k3d cluster: its network and node image by the docker provider, the cluster itself by hostctl
+on the host.
+"""
 
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -12,7 +14,8 @@ import homelab
 from components import settings
 from components.host import Connection, Host, HostError, result
 
-# Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the wait for the API.
+# Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
+# wait for the API.
 _SLACK_SECONDS = 900
 
 
@@ -20,8 +23,8 @@ _SLACK_SECONDS = 900
 class LiveCluster:
     """What `hostctl k3d inspect` saw: facts of this moment, read before anything is registered.
 
-    ``generation`` and ``incarnation`` are the only ones that become inputs. Both stand still while the host agrees with the settings,
-    so that healing once leaves nothing to do (design rule 3).
+    ``generation`` and ``incarnation`` are the only ones that become inputs. Both stand still while
+    the host agrees with the settings, so that healing once leaves nothing to do (design rule 3).
     """
 
     state: str
@@ -34,8 +37,10 @@ class LiveCluster:
 
     @classmethod
     def read(cls, cluster: settings.Cluster, connection: Connection) -> "LiveCluster":
-        """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a cluster, another maker's cluster), or when
-        a difference cannot be applied to the live cluster and no recreate is confirmed (incident 6)."""
+        """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a
+        cluster, another maker's cluster), or when a difference cannot be applied to the live
+        cluster and no recreate is confirmed (incident 6).
+        """
         seen = connection.read(["k3d", "inspect"], cluster_spec(cluster))["cluster"]
         live = cls(
             state=seen["state"],
@@ -54,14 +59,17 @@ class LiveCluster:
         if not fixed or cluster.recreate == cluster.name:
             return
         lines = [
-            f"  homelab:cluster.{difference['key']}: declared {difference['declared']}, live {difference['live']}"
+            f"  homelab:cluster.{difference['key']}: declared {difference['declared']},"
+            f" live {difference['live']}"
             for difference in fixed
         ]
         raise HostError(
-            f"cluster {cluster.name}: {len(fixed)} setting(s) differ from the live cluster and are fixed when it is created:\n"
+            f"cluster {cluster.name}: {len(fixed)} setting(s) differ from the live cluster"
+            " and are fixed when it is created:\n"
             + "\n".join(lines)
-            + "\n  Remedy: write the live value into the stack file to keep the cluster as it is, or confirm a recreate with"
-            f" homelab:cluster.recreate: {cluster.name} (it makes and verifies a backup first)."
+            + "\n  Remedy: write the live value into the stack file to keep the cluster as it is,"
+            f" or confirm a recreate with homelab:cluster.recreate: {cluster.name} (it makes and"
+            " verifies a backup first)."
         )
 
     def announce(self, cluster: settings.Cluster, host: str) -> None:
@@ -112,12 +120,15 @@ class K3dClusterArgs:
 class K3dCluster(pulumi.ComponentResource):
     """A k3d cluster on a host's Docker engine.
 
-    The cluster itself is one Command around `hostctl k3d ensure`, which creates, starts or heals and never deletes (incident 2). It is
-    protected unless ``homelab:cluster.delete`` holds its name. A recreate happens only when ``recreate`` holds it.
+    The cluster itself is one Command around `hostctl k3d ensure`, which creates, starts or heals
+    and never deletes (incident 2). It is protected unless ``homelab:cluster.delete`` holds its
+    name. A recreate happens only when ``recreate`` holds it.
     """
 
     identity: local.Command
-    """What lives in the cluster is `deleted_with` this: it is replaced exactly when the cluster is another one (design rule 4)."""
+    """What lives in the cluster is `deleted_with` this: it is replaced exactly when the cluster is
+    another one (design rule 4).
+    """
     fingerprint: pulumi.Output[str]
     """Derived from the cluster's own CA certificate: another cluster, another fingerprint."""
     output: pulumi.Output[homelab.Cluster]
@@ -136,7 +147,8 @@ class K3dCluster(pulumi.ComponentResource):
         )
         needs: list[pulumi.Resource] = [image]
         if cluster.servers == 1:
-            # k3d gives nodes fixed addresses only on a network of its own making, which etcd needs: with more servers it makes it.
+            # k3d gives nodes fixed addresses only on a network of its own making, which etcd needs:
+            # with more servers it makes it.
             needs.append(
                 docker.Network(
                     "network",
@@ -177,22 +189,22 @@ class K3dCluster(pulumi.ComponentResource):
         )
 
         self.fingerprint = result(self.identity).apply(lambda seen: seen["identity"])
-        self.output = pulumi.Output.from_input(
-            {
-                "name": cluster.name,
-                "identity": self.fingerprint,
-                "endpoint": server_url(cluster),
-                "context": f"k3d-{cluster.name}",
-                "kubeconfigPath": cluster.kubeconfig.path,
-                "storageClass": "local-path",
-                "k3sVersion": result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
-            }
-        )
+        self.output = pulumi.Output.all(
+            name=cluster.name,
+            identity=self.fingerprint,
+            endpoint=server_url(cluster),
+            context=f"k3d-{cluster.name}",
+            kubeconfigPath=cluster.kubeconfig.path,
+            storageClass="local-path",
+            k3sVersion=result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
+        ).apply(lambda seen: homelab.Cluster(**seen))
         self.register_outputs({"output": self.output})
 
 
 def server_url(cluster: settings.Cluster) -> str:
-    """The API server as clients reach it: `api.serverName` where given, else the bind address, never 0.0.0.0 (incident 14)."""
+    """The API server as clients reach it: `api.serverName` where given, else the bind address,
+    never 0.0.0.0 (incident 14).
+    """
     name = str(cluster.api.server_name or cluster.api.bind)
     return f"https://{f'[{name}]' if ':' in name else name}:{cluster.api.port}"
 

@@ -1,4 +1,6 @@
-"""The kubeconfig of a cluster: the file on its host, the secret output, and the kubernetes Provider made from it."""
+"""The kubeconfig of a cluster: the file on its host, the secret output, and the kubernetes Provider
+made from it.
+"""
 
 from dataclasses import dataclass
 
@@ -20,11 +22,12 @@ class KubeconfigArgs:
 
 
 class Kubeconfig(pulumi.ComponentResource):
-    """Reads the kubeconfig out of the cluster, writes it on the host (0640 root:wheel in a 0750 directory, atomically), and makes the
-    Provider for what lives in the cluster.
+    """Reads the kubeconfig out of the cluster, writes it on the host (0640 root:wheel in a 0750
+    directory, atomically), and makes the Provider for what lives in the cluster.
 
-    A Command of its own, since its result must stay known while the cluster's is not: no edit of the cluster touches it. The Provider
-    is tied to the cluster's identity: a rotated certificate updates it in place, another cluster replaces it and all it holds.
+    A Command of its own, since its result must stay known while the cluster's is not: no edit of
+    the cluster touches it. The Provider is tied to the cluster's identity: a rotated certificate
+    updates it in place, another cluster replaces it and all it holds.
     """
 
     content: pulumi.Output[str]
@@ -67,21 +70,23 @@ class Kubeconfig(pulumi.ComponentResource):
             # Without these every changed Secret or ConfigMap is replaced.
             enable_secret_mutable=True,
             enable_config_map_mutable=True,
-            # `preview --refresh` of a sleeping cluster warns and keeps what is known; objects are never forgotten for being out of reach.
+            # `preview --refresh` of a sleeping cluster warns and keeps what is known; objects are
+            # never forgotten for being out of reach.
             skip_update_unreachable=True,
             delete_unreachable=False,
             opts=pulumi.ResourceOptions(parent=self),
         )
-        self.register_outputs(
-            {"path": self.path, "content": self.content}
-        )
+        self.register_outputs({"path": self.path, "content": self.content})
 
 
 def _checked(kubeconfig: str) -> str:
-    """Refuses a kubeconfig without a cluster: the provider would silently take the ambient ~/.kube/config, another cluster."""
+    """Refuses a kubeconfig without a cluster: the provider would silently take the ambient
+    ~/.kube/config, another cluster.
+    """
     clusters = (yaml.safe_load(kubeconfig) or {}).get("clusters")
     if not clusters:
         raise pulumi.RunError(
-            "hostctl kubeconfig returned no cluster. Remedy: run `hostctl kubeconfig` on the host and read what it prints."
+            "hostctl kubeconfig returned no cluster. Remedy: run `hostctl kubeconfig` on the host"
+            " and read what it prints."
         )
     return kubeconfig

@@ -332,10 +332,22 @@ class Tunnel(Model):
         description="Public hostnames in order; the first that matches wins. The 404 at the end "
         "is added.",
     )
+    delete: Name | None = Field(
+        default=None,
+        description="The tunnel's name, typed: lets `pulumi destroy`, or its removal from here "
+        "after an `up`, delete the tunnel.",
+    )
 
     def problems(self, name: str) -> Iterator[Problem]:
         """What is wrong across the fields of the tunnel called ``name``."""
         path: Path = ("tunnels", name)
+        if self.delete not in (None, name):
+            yield Problem(
+                (*path, "delete"),
+                self.delete,
+                f"the tunnel's name, {name}, or nothing",
+                f"type {name} to confirm, or remove the key",
+            )
         yield from self._management_problems(path)
         for index, route in enumerate(self.routes):
             yield from self._route_problems((*path, "routes", index), route)

@@ -9,15 +9,14 @@ platform = Platform(pulumi.Config().require("platform"))
 cluster = kubernetes.Provider(
     "cluster",
     kubeconfig=platform.kubeconfig,
-    # Tied to the cluster's identity: a rotated certificate replaces nothing, another cluster replaces everything.
+    # Tied to the cluster's identity: a rotated certificate replaces nothing, another cluster
+    # replaces everything.
     cluster_identifier=platform.cluster["identity"],
     enable_config_map_mutable=True,
 )
 options = pulumi.ResourceOptions(provider=cluster)
 
-namespace = kubernetes.core.v1.Namespace(
-    "consumer", metadata={"name": "consumer"}, opts=options
-)
+namespace = kubernetes.core.v1.Namespace("consumer", metadata={"name": "consumer"}, opts=options)
 kubernetes.core.v1.ConfigMap(
     "platform",
     metadata={"name": "platform", "namespace": namespace.metadata.name},

@@ -1,4 +1,6 @@
-"""ArgoCD's bootstrap: the commit is the input; an unreachable repository keeps what is applied; nothing is ever deleted."""
+"""ArgoCD's bootstrap: the commit is the input; an unreachable repository keeps what is applied;
+nothing is ever deleted.
+"""
 
 import json
 from typing import Any
@@ -27,9 +29,7 @@ def revision(run_program, monkeypatch):
         monkeypatch.setattr(Connection, "read", lambda *_: {**facts, **answer})
         seen: list[Revision] = []
         run_program(
-            lambda: seen.append(
-                Revision.read(declared(), "factory", Connection(settings.Host()))
-            )
+            lambda: seen.append(Revision.read(declared(), "factory", Connection(settings.Host())))
         )
         return seen[0]
 
@@ -87,7 +87,9 @@ def test_the_commit_is_applied_on_the_host_and_never_deleted(run_program):
 
 
 def test_a_moved_ref_with_the_same_commit_changes_nothing(run_program):
-    """A saved plan holds the commit: `ref` may move, the plan refuses any other commit than the one previewed."""
+    """A saved plan holds the commit: `ref` may move, the plan refuses any other commit than the one
+    previewed.
+    """
     main = register(run_program, NEW)["Command", "bootstrap"].inputs
     assert register(run_program, NEW, ref="v1.2.3")["Command", "bootstrap"].inputs == main
 
@@ -95,4 +97,6 @@ def test_a_moved_ref_with_the_same_commit_changes_nothing(run_program):
 def test_without_a_commit_there_is_nothing_to_apply(run_program):
     resources = register(run_program, None)
     assert resources.names("Command") == ["hostctl", "identity"]
-    assert resources["ArgoCD", "factory"].outputs == {"repository": REPOSITORY, "ref": "main"}
+    assert resources["ArgoCD", "factory"].outputs == {
+        "output": {"repository": REPOSITORY, "ref": "main", "commit": None, "url": None}
+    }

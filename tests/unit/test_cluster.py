@@ -1,4 +1,6 @@
-"""The cluster: what is fixed at creation is refused, the rest healed; identity, not content, ties what lives in it to it."""
+"""The cluster: what is fixed at creation is refused, the rest healed; identity, not content, ties
+what lives in it to it.
+"""
 
 import json
 from typing import Any
@@ -12,7 +14,9 @@ from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
 from components.host import Connection, Host, HostError
 
 IMAGE = "rancher/k3s:v1.31.5-k3s1"
-KUBECONFIG = "apiVersion: v1\nclusters: [{name: k3d-factory, cluster: {server: 'https://127.0.0.1:6443'}}]\n"
+KUBECONFIG = (
+    "apiVersion: v1\nclusters: [{name: k3d-factory, cluster: {server: 'https://127.0.0.1:6443'}}]\n"
+)
 
 
 def cluster(**rest: Any) -> settings.Cluster:
@@ -20,7 +24,12 @@ def cluster(**rest: Any) -> settings.Cluster:
 
 
 def live(**rest: Any) -> LiveCluster:
-    facts = {"state": "running", "generation": 3, "incarnation": "ab12cd34-1", "certificate_generation": 2}
+    facts = {
+        "state": "running",
+        "generation": 3,
+        "incarnation": "ab12cd34-1",
+        "certificate_generation": 2,
+    }
     return LiveCluster(**{**facts, **rest})
 
 

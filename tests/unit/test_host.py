@@ -1,4 +1,6 @@
-"""Host commands: how they reach the host, what they may show, and how a host that does not answer is told."""
+"""Host commands: how they reach the host, what they may show, and how a host that does not answer
+is told.
+"""
 
 import json
 import shlex
@@ -77,9 +79,7 @@ def test_a_command_updates_in_place_and_a_secret_one_logs_nothing(run_program, s
 def test_the_install_line_writes_the_program_atomically(tmp_path):
     path = tmp_path / "new directory" / "hostctl"
     line = connection(hostctl=str(path).replace(" ", "_")).install_line()
-    subprocess.run(
-        ["sh", "-c", line], input="#!/bin/sh\necho installed\n", text=True, check=True
-    )
+    subprocess.run(["sh", "-c", line], input="#!/bin/sh\necho installed\n", text=True, check=True)
     installed = tmp_path / "new_directory" / "hostctl"
     assert installed.stat().st_mode & 0o777 == 0o755
     assert subprocess.check_output([installed], text=True) == "installed\n"
@@ -160,5 +160,3 @@ def test_an_unreachable_host_is_one_error_with_the_way_to_check_it(run_program):
 def test_output_that_is_no_result_is_told_as_such(run_program):
     with pytest.raises(HostError, match="no JSON result"):
         read(run_program, {"stdout": "Welcome to p510!", "stderr": ""})
-
-

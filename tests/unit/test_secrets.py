@@ -1,4 +1,6 @@
-"""Secrets: values come whole from their sources or are refused by name; objects are mutable, seeds are not; no value is ever shown."""
+"""Secrets: values come whole from their sources or are refused by name; objects are mutable, seeds
+are not; no value is ever shown.
+"""
 
 import base64
 import json
@@ -11,6 +13,7 @@ import pytest
 from components import settings
 from components.cluster import Cluster
 from components.host import Connection, Host, HostError
+from components.namespaces import Namespaces, NamespacesArgs
 from components.secrets import Secrets, SecretsArgs, SecretValue, read_values
 
 CANARY = "c4n4ry-v4lue"
@@ -212,8 +215,8 @@ def registered(run_program, *values: SecretValue):
         provider = kubernetes.Provider("kubernetes")
         identity = host.command("identity", ["k3d", "identity"], {}, opts=pulumi.ResourceOptions())
         cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host)
-        factory = kubernetes.core.v1.Namespace("factory", metadata={"name": "factory"})
-        Secrets("factory", SecretsArgs(values, {"factory": factory}, cluster))
+        namespaces = Namespaces("factory", NamespacesArgs({"factory": "pulumi"}, cluster))
+        Secrets("factory", SecretsArgs(values, namespaces, cluster))
 
     return run_program(program)
 

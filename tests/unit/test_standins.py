@@ -287,6 +287,42 @@ def test_a_late_answer_and_one_that_hangs(tmp_path: Path, start: Callable[[str],
     assert [error.code() for error in ended] == [grpc.StatusCode.CANCELLED]
 
 
+ENGINE = """
+import subprocess, sys
+plugin = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+print(plugin.stdout.readline(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stand_in_ends_with_its_engine_even_in_a_call_that_hangs(tmp_path: Path):
+    (tmp_path / "faults.json").write_text('[{"provider": "docker", "do": "hang"}]')
+    engine = subprocess.Popen(
+        [sys.executable, "-c", ENGINE, ROOT / "rehearsal" / "plugins" / "pulumi-resource-docker"],
+        env={
+            **os.environ,
+            core.MARKER: str(tmp_path),
+            "HOMELAB_REHEARSAL_PYTHON": sys.executable,
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert engine.stdout is not None
+    port = int(engine.stdout.readline())
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = core.provider_pb2_grpc.ResourceProviderStub(channel)
+        request = core.provider_pb2.CreateRequest(urn=f"urn:pulumi:s::p::{docker.NETWORK}::n")
+        hanging = stub.Create.future(request)
+        deadline = time.monotonic() + 5
+        while not (tmp_path / "faults").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        engine.communicate()
+        with pytest.raises(grpc.RpcError) as ended:
+            hanging.result(timeout=5)
+    assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
 def test_a_preview_is_spared_unless_the_fault_says_so(tmp_path: Path):
     fault = {"provider": "docker", "do": "fail", "times": 2}
     faults = core.Faults(tmp_path, "docker")
@@ -321,10 +357,8 @@ def test_an_object_that_did_not_get_ready_reaches_the_engine(tmp_path: Path):
         with pytest.raises(grpc.RpcError, match="not ready") as failed:
             stub.Create(core.provider_pb2.CreateRequest(urn="urn:pulumi:s::p::slow:i:T::n"))
     server.stop(grace=None)
-    (details,) = [
-        held for key, held in failed.value.trailing_metadata() if key == "grpc-status-details-bin"
-    ]
-    status = core.status_pb2.Status.FromString(details)
+    metadata: Any = failed.value.trailing_metadata()
+    status = core.status_pb2.Status.FromString(dict(metadata)["grpc-status-details-bin"])
     detail = core.provider_pb2.ErrorResourceInitFailed()
     assert status.details[0].Unpack(detail)
     assert (detail.id, list(detail.reasons)) == ("the-id", ["no address"])

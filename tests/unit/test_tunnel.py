@@ -20,13 +20,12 @@ import pytest
 from components import settings
 from components.cluster import Cluster
 from components.host import Connection, Host
+from components.ownership import deployment_name, refuse_two_owners
 from components.tunnel import (
     CloudflareTunnel,
     CloudflareTunnelArgs,
     cloudflare_provider,
     connector_token,
-    deployment_name,
-    refuse_two_owners,
 )
 from tests.unit.conftest import UNKNOWN, Registered, Registration
 
@@ -612,7 +611,7 @@ FREE = {"exists": False, "managers": [], "argocd": None}
 
 
 def refuse(monkeypatch, connector: dict, owners: dict[str, dict]) -> None:
-    """Asks about the owners of a tunnel's connector; Deployments that are not in ``owners`` fail."""
+    """Asks about a tunnel's connector; a Deployment that is not in ``owners`` fails."""
     monkeypatch.setattr(Connection, "read", lambda _, verb, spec: owners[spec["name"]])
     tunnel = settings.Tunnel.model_validate({"secret": SECRET, "connector": connector})
     connection = Connection(settings.Host.model_validate({}))

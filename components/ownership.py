@@ -1,0 +1,51 @@
+"""One owner (design rule 5): what ArgoCD runs, this stack does not."""
+
+from collections.abc import Mapping
+
+import pulumi
+
+from components import settings
+from components.host import Connection
+
+
+def deployment_name(tunnel: str) -> str:
+    """The Deployment of an in-cluster connector.
+
+    The incumbent's is called `cloudflared` and belongs to ArgoCD; with another name both can run
+    while one hands over to the other.
+    """
+    return f"cloudflared-{tunnel}"
+
+
+def refuse_two_owners(
+    tunnels: Mapping[str, settings.Tunnel], kubeconfig: str, connection: Connection
+) -> None:
+    """Refuses an in-cluster connector beside one that ArgoCD owns (design rule 5).
+
+    Looks at the Deployment that the connector would have, and at the incumbent's `cloudflared`.
+    ``kubeconfig`` is its path on the host; the cluster runs.
+    """
+    for name, tunnel in tunnels.items():
+        connector = tunnel.connector
+        if connector.kind != "cluster":
+            continue
+        for deployment in ("cloudflared", deployment_name(name)):
+            owner = connection.read(
+                ["cluster", "owner"],
+                {
+                    "kubeconfig": kubeconfig,
+                    "namespace": connector.namespace,
+                    "kind": "Deployment",
+                    "name": deployment,
+                },
+            )
+            if owner["argocd"]:
+                raise pulumi.RunError(
+                    f"homelab:tunnels.{name}.connector: kind cluster, but Deployment"
+                    f" {connector.namespace}/{deployment} belongs to ArgoCD application"
+                    f" {owner['argocd']}.\n  Remedy: hand it over (annotate it"
+                    " argocd.argoproj.io/sync-options: Prune=false, take it out of the GitOps"
+                    " repository, sync, remove its argocd.argoproj.io/tracking-id annotation and"
+                    " app.kubernetes.io/instance label, and delete it after up), or leave it to"
+                    " ArgoCD with connector.kind: external."
+                )
