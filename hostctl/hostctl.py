@@ -396,6 +396,8 @@ class Machine:
         """Why no TLS connection to a server of this CA (PEM) is had; None when it is."""
         context = ssl.create_default_context(cadata=ca)
         context.check_hostname = False
+        # Python 3.13 demands extensions that the certificates of k3s do not have.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         try:
             with socket.create_connection((address, port), 5) as plain, context.wrap_socket(plain):
                 return None
@@ -1303,6 +1305,9 @@ def differences(
     compare("k3sArgs", _joined(spec["k3s_args"]), live["k3s_args"])
     compare("api.bind", spec["api"]["bind"], live["api"]["bind"])
     compare("api.port", spec["api"]["port"], live["api"]["port"])
+    if spec["api"]["server_name"]:
+        # It is in the API server's certificate.
+        compare("api.serverName", spec["api"]["server_name"], live["api"]["server_name"])
     if live["resolvers"] is not None:
         compare("resolvers", spec["resolvers"], live["resolvers"])
     compare("storageDir", spec["storage_dir"], live["storage_dir"])
@@ -3029,6 +3034,10 @@ def main(
         failure = Failure(
             "failed", step, f"{where}{error.strerror or type(error).__name__}", remedy
         )
+        answer, code = _refusal(failure), EXIT_CODES["failed"]
+    except KeyboardInterrupt:
+        remedy = "run it again: what was begun is continued"
+        failure = Failure("failed", step, "interrupted", remedy)
         answer, code = _refusal(failure), EXIT_CODES["failed"]
     except Exception as error:
         # Named by place and type: the message may hold a value of the spec.

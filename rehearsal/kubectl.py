@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hostctl.hostctl import Ran
-from rehearsal.core import World
 from rehearsal.apiserver import ApiError, ApiServer
+from rehearsal.core import World
 from rehearsal.providers.kubernetes import cluster_id
 
 Object = dict[str, Any]
@@ -72,7 +72,7 @@ class Kubectl:
         return Ran(0, "".join(f"{line}\n" for line in lines).encode(), b"")
 
     def _objects(self, namespace: str, resource: str) -> Iterator[Object]:
-        """The objects of a kind, named as for kubectl: singular or plural, perhaps with its group."""
+        """The objects of a kind, named as kubectl lets one: singular, plural, with its group."""
         word, _, group = resource.lower().partition(".")
         for key, obj in self.api.world.list(f"{self.cluster}/{namespace}"):
             kind, _, of = key.split("/")[2].lower().partition(".")

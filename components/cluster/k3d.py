@@ -96,10 +96,14 @@ def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
         "servers": cluster.servers,
         "agents": cluster.agents,
         "disable": list(cluster.disable),
-        "api": {"bind": str(cluster.api.bind), "port": cluster.api.port},
-        "resolvers": [str(resolver) for resolver in cluster.resolvers],
+        "api": {
+            "bind": cluster.api.bind,
+            "port": cluster.api.port,
+            "server_name": cluster.api.server_name,
+        },
+        "resolvers": list(cluster.resolvers),
         "storage_dir": cluster.storage_dir,
-        "network": {"name": cluster.network.name, "subnet": str(cluster.network.subnet)},
+        "network": {"name": cluster.network.name, "subnet": cluster.network.subnet},
         "k3s_args": list(cluster.k3s_args),
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
@@ -154,7 +158,7 @@ class K3dCluster(pulumi.ComponentResource):
                     "network",
                     name=cluster.network.name,
                     driver="bridge",
-                    ipam_configs=[_ipam(str(cluster.network.subnet))],
+                    ipam_configs=[_ipam(cluster.network.subnet)],
                     opts=pulumi.ResourceOptions.merge(
                         docker_options,
                         pulumi.ResourceOptions(protect=not deletable, delete_before_replace=True),
@@ -205,7 +209,7 @@ def server_url(cluster: settings.Cluster) -> str:
     """The API server as clients reach it: `api.serverName` where given, else the bind address,
     never 0.0.0.0 (incident 14).
     """
-    name = str(cluster.api.server_name or cluster.api.bind)
+    name = cluster.api.server_name or cluster.api.bind
     return f"https://{f'[{name}]' if ':' in name else name}:{cluster.api.port}"
 
 

@@ -102,7 +102,7 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         "servers": 1,
         "agents": 2,
         "disable": ["traefik"],
-        "api": {"bind": "100.64.0.1", "port": 7443},
+        "api": {"bind": "100.64.0.1", "port": 7443, "server_name": None},
         "resolvers": ["9.9.9.9"],
         "storage_dir": "/data/k3d",
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},

@@ -90,7 +90,7 @@ def test_the_shipped_program_runs_a_verb_without_being_installed():
     """The very command line and stdin that a preview hands to the invoke, run for real."""
     link = connection()
     line = link.line("python3", "-c", _boot(link), "files", "read", "--exit-zero")
-    spec = {"files": [{"path": "/nonexistent/a", "as": "value"}]}
+    spec = {"files": [{"path": "/nonexistent/a", "as": "value", "namespace": "n", "name": "s"}]}
     answer = subprocess.run(
         ["sh", "-c", line],
         input=json.dumps({"program": link.program, "spec": spec}),

@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 
 from hostctl import hostctl
 from hostctl.hostctl import Machine, Ran
+from rehearsal.apiserver import ApiServer
 from rehearsal.core import World
 from rehearsal.machine import RehearsalMachine
-from rehearsal.providers.kubernetes import ApiServer, cluster_id
+from rehearsal.providers.kubernetes import cluster_id
 
 SPEC: dict[str, Any] = {
     "name": "factory",
@@ -486,6 +487,10 @@ def test_incident_05_resolvers_are_mounted_into_every_node(host: Host) -> None:
         ({"agents": 1}, "agents"),
         ({"api": {"bind": "127.0.0.1", "port": 6444}}, "api.port"),
         ({"api": {"bind": "10.0.0.5", "port": 6443}}, "api.bind"),
+        (
+            {"api": {"bind": "127.0.0.1", "port": 6443, "server_name": "p510.example.org"}},
+            "api.serverName",
+        ),
         ({"k3s_args": ["--write-kubeconfig-mode=640"]}, "k3sArgs"),
         ({"network": {"name": "k3d-factory", "subnet": "172.29.0.0/16"}}, "network.subnet"),
         (
