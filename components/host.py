@@ -184,7 +184,7 @@ class Host(pulumi.ComponentResource):
         call.
 
         ``spec`` travels on stdin, so an edit updates in place and never replaces; ``triggers``
-        replace, deleting first. ``secret`` marks the spec and both outputs secret and logs nothing:
+        replace. ``secret`` marks the spec and both outputs secret and logs nothing:
         a failed command's text would otherwise be printed. ``delete`` is the verb that `destroy`
         runs from the state; without one nothing is undone on the host.
         """
@@ -201,7 +201,9 @@ class Host(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions.merge(
                 pulumi.ResourceOptions(
                     depends_on=[self.hostctl],
-                    delete_before_replace=True,
+                    # With a fixed name, the delete that follows would undo the create. Without a delete
+                    # the engine's own order stands: what is `deleted_with` this is skipped only then.
+                    delete_before_replace=True if delete else None,
                     additional_secret_outputs=["stdout", "stderr"] if secret else None,
                 ),
                 opts,
