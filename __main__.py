@@ -35,12 +35,12 @@ host = Host(pulumi.get_stack(), connection)
 engine = docker.Provider("docker", host=stack.host.docker)
 k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
 kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
-cluster = Cluster(name, kubeconfig.provider, k3d.identity, kubeconfig.path, host)
+cluster = Cluster(name, kubeconfig.provider, k3d.identity, kubeconfig.path, host, live.incarnation)
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 argocd = None
 if stack.argocd and revision:
-    argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[secrets]))
+    argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
     # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.

@@ -66,9 +66,7 @@ class Repeat:
         if isinstance(node, dict):
             repeated: dict[str, Any] = {}
             for key, value in node.items():
-                repeated |= (
-                    self._copies({key: value}) if MARK in key else {key: self.inside(value)}
-                )
+                repeated |= self._copies({key: value}) if MARK in key else {key: self.inside(value)}
             return repeated
         if isinstance(node, list):
             return [

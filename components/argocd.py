@@ -47,8 +47,9 @@ class Revision:
             )
             return cls(applied)
         if applied != answer["commit"]:
+            source = "homelab:argocd.commit" if argocd.commit else argocd.ref
             pulumi.log.info(
-                f"ArgoCD bootstrap: {argocd.ref} moves from {applied or 'nothing'}"
+                f"ArgoCD bootstrap: {source} moves from {applied or 'nothing'}"
                 f" to {answer['commit']}"
             )
         return cls(answer["commit"])
@@ -68,7 +69,8 @@ class ArgoCD(pulumi.ComponentResource):
 
     It never deletes what an earlier commit applied, on no edit and on no destroy: those objects are
     ArgoCD's (design rule 5). The commit is an input, so a preview shows the move, and a saved plan
-    refuses any other commit than the one previewed.
+    refuses any other commit than the one previewed. After the ref has moved on, `up --plan` applies
+    that one when ``homelab:argocd.commit`` names it; no plan tells the program what it holds.
     """
 
     output: pulumi.Output[homelab.ArgoCD]
@@ -91,8 +93,10 @@ class ArgoCD(pulumi.ComponentResource):
                     "commit": args.revision.commit,
                     "namespace": argocd.namespace,
                 },
-                triggers=[args.cluster.identity.id],
-                opts=pulumi.ResourceOptions(parent=self, depends_on=list(args.after)),
+                triggers=[args.cluster.incarnation],
+                opts=pulumi.ResourceOptions(
+                    parent=self, depends_on=[args.cluster.provider, *args.after]
+                ),
             )
         self.output = pulumi.Output.from_input(
             {

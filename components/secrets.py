@@ -277,7 +277,7 @@ class Secrets(pulumi.ComponentResource):
                 "labels": _LABELS,
             },
             secret=True,
-            triggers=[self._cluster.identity.id],
+            triggers=[self._cluster.incarnation],
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=[self._cluster.provider, *self._namespace(value.namespace)],
@@ -301,6 +301,8 @@ class Secrets(pulumi.ComponentResource):
                 "secrets": {value.name: value.digest for value, _ in watched},
             },
             secret=True,
+            # In another cluster nothing has been seen yet.
+            triggers=[self._cluster.identity.id],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[secret for _, secret in watched]),
         )
 

@@ -2461,7 +2461,8 @@ _WORKLOADS = "deployments.apps,statefulsets.apps,daemonsets.apps"
 
 def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
     """Restarts the workloads of a namespace that use a Secret whose digest is another than when
-    they were last seen. One seen for the first time is recorded, not restarted.
+    they were last seen. One never seen has started with what the last run saw; the first run of
+    all restarts nothing.
 
     What was seen is kept on the host and not in annotations: whoever may read a workload could
     guess a short value from its digest.
@@ -2476,17 +2477,17 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
         raise Failure("failed", step, listed.complaint, _doctor_remedy())
     with machine.lock(f"rollout-{namespace}"):
         ledger = f"{STATE_DIRECTORY}/rollouts/{_cluster_of(machine, path)}/{namespace}.json"
-        key, seen = _read_ledger(machine, ledger)
+        key, last, seen = _read_ledger(machine, ledger)
+        keyed = {
+            name: hmac.new(key.encode(), digest.encode(), "sha256").hexdigest()
+            for name, digest in wanted["secrets"].items()
+        }
         for workload in _json(listed.out, step)["items"]:
             used = secrets_of(workload["spec"]["template"]["spec"])
-            digests = {
-                name: hmac.new(key.encode(), digest.encode(), "sha256").hexdigest()
-                for name, digest in wanted["secrets"].items()
-                if name in used
-            }
+            digests = {name: digest for name, digest in keyed.items() if name in used}
             # The uid, since a workload made anew has read the new value.
             identity = workload["metadata"]["uid"]
-            before = seen.get(identity, {})
+            before = {**last, **seen.get(identity, {})}
             title = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
             if any(before.get(name, digest) != digest for name, digest in digests.items()):
                 say(f"{title} in {namespace} uses a changed Secret: restarting it")
@@ -2495,9 +2496,11 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
                 if ran.code:
                     raise Failure("failed", step, ran.complaint, _doctor_remedy())
                 rolled.append(title)
-            if any(before.get(name) != digest for name, digest in digests.items()):
-                seen[identity] = {**before, **digests}
-                _write_ledger(machine, ledger, key, seen)
+            if seen.get(identity, {}) != digests:
+                seen[identity] = digests
+                _write_ledger(machine, ledger, key, last, seen)
+        if last != keyed:
+            _write_ledger(machine, ledger, key, keyed, seen)
     return {"rolled": rolled}
 
 
@@ -2529,18 +2532,23 @@ def _cluster_of(machine: Machine, kubeconfig_path: str) -> str:
     return hashlib.sha256((found.group(1) if found else text).encode()).hexdigest()[:16]
 
 
-def _read_ledger(machine: Machine, path: str) -> tuple[str, dict[str, dict[str, str]]]:
+def _read_ledger(
+    machine: Machine, path: str
+) -> tuple[str, dict[str, str], dict[str, dict[str, str]]]:
+    """The key of the digests, those of the last whole run, and those that each workload has."""
     try:
         ledger = json.loads(machine.read(path))
-        return ledger["key"], ledger["seen"]
+        return ledger["key"], ledger["last"], ledger["seen"]
     except (FileNotFoundError, ValueError, KeyError):
         # Without what was seen, everything is seen for the first time.
-        return machine.nonce() + machine.nonce(), {}
+        return machine.nonce() + machine.nonce(), {}, {}
 
 
-def _write_ledger(machine: Machine, path: str, key: str, seen: Mapping[str, Any]) -> None:
+def _write_ledger(
+    machine: Machine, path: str, key: str, last: Mapping[str, str], seen: Mapping[str, Any]
+) -> None:
     machine.make_directory(os.path.dirname(path), 0o700)
-    content = json.dumps({"key": key, "seen": seen}, sort_keys=True).encode()
+    content = json.dumps({"key": key, "last": last, "seen": seen}, sort_keys=True).encode()
     machine.write_atomic(path, content, 0o600)
 
 

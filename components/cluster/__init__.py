@@ -21,3 +21,7 @@ class Cluster:
     kubeconfig: pulumi.Input[str]
     """Path of the kubeconfig on the host, for what hostctl does in the cluster."""
     host: Host
+    incarnation: str
+    """Trigger of the Commands that must run anew in another cluster. Known in every preview, as the
+    id of ``identity`` is not: the provider foretells a random one, which no saved plan survives.
+    """

@@ -55,8 +55,8 @@ class Kubeconfig(pulumi.ComponentResource):
                 "generation": args.live.certificate_generation,
             },
             secret=True,
-            triggers=[args.cluster.identity.id],
-            opts=pulumi.ResourceOptions(parent=self),
+            triggers=[args.live.incarnation],
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[args.cluster.identity]),
         )
         self.content = pulumi.Output.secret(
             result(command).apply(lambda seen: _checked(seen["kubeconfig"]))

@@ -64,7 +64,7 @@ def register(run_program, commit: str | None, **rest: Any):
         host = Host("p510", Connection(settings.Host()))
         identity = host.command("identity", ["k3d", "identity"], {}, opts=pulumi.ResourceOptions())
         provider = kubernetes.Provider("kubernetes")
-        cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host)
+        cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1")
         first = kubernetes.core.v1.Namespace("argocd")
         ArgoCD("factory", ArgoCDArgs(declared(**rest), Revision(commit), cluster, [first]))
 
@@ -82,7 +82,7 @@ def test_the_commit_is_applied_on_the_host_and_never_deleted(run_program):
         "namespace": "argocd",
     }
     assert "delete" not in bootstrap.inputs
-    assert bootstrap.inputs["triggers"] == ["identity-id"]
+    assert bootstrap.inputs["triggers"] == ["0a1b2c3d-1"]
     assert ("Namespace", "argocd") in bootstrap.depends_on
 
 

@@ -142,7 +142,7 @@ def test_no_edit_of_the_cluster_touches_the_kubeconfig(register):
     same = inputs(live())
     assert inputs(live(state="stopped", generation=4), api_wait_seconds=60) == same
     rotated = inputs(live(certificate_generation=3))
-    assert rotated["triggers"] == same["triggers"] == ["identity-id"]
+    assert rotated["triggers"] == same["triggers"] == ["ab12cd34-1"]
     assert rotated["stdin"] != same["stdin"]
 
 

@@ -347,7 +347,17 @@ def test_incident_01_unpublished_api_port_is_healed(live: Host) -> None:
     assert [one["key"] for one in seen["differences"]] == ["api.published"]
     live("k3d ensure", SPEC)
     assert live.changed == [f"docker restart -t 60 {NODE}"]
+    assert "does not publish the API" in live.said
+    assert "waiting" not in live.said
     assert live.inspect()["differences"] == []
+
+
+def test_incident_01_ready_means_through_the_published_port(
+    live: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live.machine, "connect", lambda *_: "[Errno 111] Connection refused")
+    error = live("k3d ensure", SPEC | {"api_wait_seconds": 30}, code=7)
+    assert "127.0.0.1:6443 does not reach it: [Errno 111]" in error["cause"]
 
 
 def test_incident_02_a_failing_create_is_not_rolled_back(host: Host) -> None:
@@ -675,6 +685,35 @@ def test_deleted_by_hand_is_another_incarnation(live: Host) -> None:
     assert after["identity"] != before["identity"]
 
 
+def test_create_that_was_cut_off_after_a_delete_is_still_to_be_done(live: Host) -> None:
+    steady = live.inspect()
+    live("k3d delete", {"name": "factory", "confirm": "factory"})
+    true_run = live._run
+
+    def run(argv: Sequence[str], **options: Any) -> Ran:
+        ran = true_run(argv, **options)
+        if list(argv[:3]) == ["k3d", "cluster", "create"]:
+            raise Killed
+        return ran
+
+    live._run = run
+    with pytest.raises(Killed):
+        live("k3d ensure", SPEC)
+    live._run = true_run
+    assert live.inspect()["generation"] == steady["generation"] + 1
+
+
+def test_what_argocd_applied_is_forgotten_with_the_cluster(live: Host) -> None:
+    apply = {key: RESOLVE[key] for key in ("cluster", "repository", "path")}
+    live("argocd apply", apply | {"kubeconfig": "/etc/k3d/kubeconfig", "commit": COMMIT})
+    live("k3d stop", {"name": "factory"})
+    live.up()
+    assert live("argocd resolve", RESOLVE)["applied"]["commit"] == COMMIT
+    live("k3d delete", {"name": "factory", "confirm": "factory"})
+    live.up()
+    assert live("argocd resolve", RESOLVE)["applied"] is None
+
+
 def test_recreated_by_hand_is_another_incarnation(live: Host) -> None:
     before = live.inspect()
     config = json.loads(live.machine.read("/var/lib/homelab/clusters/factory/k3d.yaml"))
@@ -980,6 +1019,15 @@ def test_rollout_restarts_who_uses_a_changed_secret(live: Host) -> None:
     assert annotations.keys() == {"kubectl.kubernetes.io/restartedAt"}
     live.api.create(_deployment("newcomer", volumes=[volume]), "test")
     assert live("rollout", second)["rolled"] == []
+
+
+def test_rollout_restarts_a_workload_that_came_after_the_last_run(live: Host) -> None:
+    """ArgoCD brings the workloads after the first up, which saw none of them."""
+    spec = {"kubeconfig": "/etc/k3d/kubeconfig", "namespace": "default"}
+    assert live("rollout", spec | {"secrets": {"db": "digest-1"}})["rolled"] == []
+    volume = {"name": "v", "secret": {"secretName": "db"}}
+    live.api.create(_deployment("app", volumes=[volume]), "test")
+    assert live("rollout", spec | {"secrets": {"db": "digest-2"}})["rolled"] == ["deployment/app"]
 
 
 def test_rollout_keeps_no_digest_that_could_be_guessed_from(live: Host) -> None:

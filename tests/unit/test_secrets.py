@@ -214,7 +214,7 @@ def registered(run_program, *values: SecretValue):
         host = Host("p510", Connection(settings.Host()))
         provider = kubernetes.Provider("kubernetes")
         identity = host.command("identity", ["k3d", "identity"], {}, opts=pulumi.ResourceOptions())
-        cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host)
+        cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1")
         namespaces = Namespaces("factory", NamespacesArgs({"factory": "pulumi"}, cluster))
         Secrets("factory", SecretsArgs(values, namespaces, cluster))
 
@@ -247,7 +247,7 @@ def test_incident_08_a_changed_seed_is_no_change(run_program):
     assert "delete" not in seed.inputs
     assert "stdin" in seed.secrets
     assert seed.inputs["logging"] == "none"
-    assert seed.inputs["triggers"] == ["identity-id"]
+    assert seed.inputs["triggers"] == ["0a1b2c3d-1"]
     assert json.loads(seed.inputs["stdin"])["data"] == {"k": ENCODED}
 
 

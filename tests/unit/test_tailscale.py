@@ -44,7 +44,9 @@ def register(run_program: Callable[..., Registered]) -> Register:
                 "tailscale",
                 TailscaleOperatorArgs(
                     settings=given,
-                    cluster=Cluster("factory", provider, host.hostctl, "/etc/k3d/kubeconfig", host),
+                    cluster=Cluster(
+                        "factory", provider, host.hostctl, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1"
+                    ),
                     after=[kubernetes.core.v1.Namespace("tailscale")],
                 ),
             )

@@ -90,7 +90,9 @@ def register(run_program: Callable[..., Registered]) -> Register:
                     account=account,
                     cloudflare=cloudflare_provider(account),
                     docker=docker.Provider("docker"),
-                    cluster=Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host),
+                    cluster=Cluster(
+                        "factory", provider, identity, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1"
+                    ),
                     after=[namespace],
                 ),
             )
