@@ -201,8 +201,9 @@ class Host(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions.merge(
                 pulumi.ResourceOptions(
                     depends_on=[self.hostctl],
-                    # With a fixed name, the delete that follows would undo the create. Without a delete
-                    # the engine's own order stands: what is `deleted_with` this is skipped only then.
+                    # With a fixed name, the delete that follows would undo the create. Without a
+                    # delete the engine's order stands: only then does it skip what is
+                    # `deleted_with` this.
                     delete_before_replace=True if delete else None,
                     additional_secret_outputs=["stdout", "stderr"] if secret else None,
                 ),

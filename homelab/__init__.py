@@ -107,7 +107,7 @@ class Platform:
         if int(version) != CONTRACT_VERSION:
             raise pulumi.RunError(
                 f"stack {self._stack} exports outputs of contract version {version:g}; this program"
-                f" reads version {CONTRACT_VERSION}. Remedy: bring both to the same release of homelab."
+                f" reads version {CONTRACT_VERSION}. Remedy: bring both to one release of homelab."
             )
         return int(version)
 

@@ -91,12 +91,22 @@ def _usable_for_storage(path: str) -> bool:
     )
 
 
+BindAddress = Annotated[
+    str,
+    Text(
+        "an IPv4 address, the only kind that k3d publishes ports on",
+        "write the IPv4 address of one of the host's interfaces, not a name",
+        "127.0.0.1",
+        r"[0-9.]+",
+        _is_address,
+    ),
+]
 IpAddress = Annotated[
     str,
     Text(
         "an IP address",
-        "write an address, not a name: Docker publishes ports on addresses alone",
-        "127.0.0.1",
+        "write the address of a DNS server, not its name",
+        "1.1.1.1",
         r"[0-9a-fA-F:.]+",
         _is_address,
     ),
@@ -190,7 +200,7 @@ DirectoryMode = Annotated[
 class Api(Model):
     """The address of the Kubernetes API."""
 
-    bind: IpAddress = Field(
+    bind: BindAddress = Field(
         default="127.0.0.1",
         description="Address of the host on which the API is published. May be one that comes up "
         "after Docker (tailscale0).",
@@ -200,7 +210,7 @@ class Api(Model):
         default=None,
         description="Name or address in the kubeconfig, also put into the server's certificate. "
         "Default: the bind address;"
-        " required where that is 0.0.0.0 or ::.",
+        " required where that is 0.0.0.0.",
     )
 
 
@@ -221,7 +231,7 @@ class PublishedPort(Model):
 
     host_port: Port = Field(description="Port of the host.")
     container_port: Port = Field(description="Port of the node.")
-    bind: IpAddress = Field(default="127.0.0.1", description="Address of the host to publish on.")
+    bind: BindAddress = Field(default="127.0.0.1", description="Address of the host to publish on.")
     protocol: Literal["tcp", "udp"] = Field(default="tcp", description="Transport protocol.")
 
 
@@ -341,6 +351,14 @@ class Cluster(Model):
                     f"type {self.name} to confirm, or remove the key",
                     involves=[("cluster", "name")],
                 )
+        if self.servers > 1 and self.network.name != f"k3d-{self.name}":
+            yield Problem(
+                ("cluster", "network", "name"),
+                self.network.name,
+                f"k3d-{self.name} for several servers, whose network k3d makes and names itself",
+                "leave the name out",
+                involves=[("cluster", "servers"), ("cluster", "name")],
+            )
         nodes = 1 + self.servers + self.agents + 2
         if subnet.num_addresses - 2 < nodes:
             yield Problem(
@@ -358,7 +376,7 @@ class Cluster(Model):
             yield Problem(
                 ("cluster", "api", "bind"),
                 self.api.bind,
-                "an address of the host, or 0.0.0.0 and :: together with serverName",
+                "an address of the host, or 0.0.0.0 together with serverName",
                 "set homelab:cluster.api.serverName to the name or address that clients reach "
                 "(incident 14)",
                 involves=[("cluster", "api", "serverName")],

@@ -184,7 +184,7 @@ def test_an_empty_kubeconfig_never_reaches_the_provider(register):
         ({}, "https://127.0.0.1:6443"),
         ({"bind": "100.64.0.1", "port": 7443}, "https://100.64.0.1:7443"),
         ({"bind": "0.0.0.0", "server_name": "p510.example.org"}, "https://p510.example.org:6443"),
-        ({"bind": "fd00::1"}, "https://[fd00::1]:6443"),
+        ({"server_name": "fd00::1"}, "https://[fd00::1]:6443"),
     ],
 )
 def test_incident_14_the_server_is_an_address_that_clients_reach(api, url):

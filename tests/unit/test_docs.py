@@ -1,4 +1,4 @@
-"""The pages of docs/ hold what they claim: every setting by example, and examples that are accepted."""
+"""The pages hold what they claim: every setting by example, and links that lead somewhere."""
 
 import re
 import typing
@@ -21,9 +21,13 @@ SECURE = {
 }
 
 
+def page() -> str:
+    return (ROOT / "docs/settings.md").read_text()
+
+
 def example() -> dict[str, Any]:
     """All blocks of docs/settings.md as one stack file's config, each encrypted value opened."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/settings.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page(), re.M | re.S)
     config = yaml.safe_load("".join(blocks))
     return {key.removeprefix("homelab:"): opened(value, key) for key, value in config.items()}
 
@@ -69,7 +73,7 @@ def test_the_settings_page_is_one_valid_stack_file():
 
 def test_the_settings_page_shows_every_setting():
     shown = {*keys(example()), "value"}  # authKey.value, the alternative that a comment shows
-    assert "value: {secure" in (ROOT / "docs/settings.md").read_text()
+    assert "value: {secure" in page()
     assert [field for field in fields(Settings) if field[1] not in shown] == []
 
 
