@@ -86,7 +86,10 @@ class _Watch(threading.Thread):
         for process in processes:
             # One that ends while it is looked at is in no sum any more.
             with suppress(psutil.Error):
-                role = _role(process.cmdline())
+                command_line = process.cmdline()
+                if not command_line:
+                    continue
+                role = _role(command_line)
                 memory[role] += process.memory_full_info().uss
                 times = process.cpu_times()
                 self.cpu[process.pid] = role, times.user + times.system

@@ -148,7 +148,7 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
     if _AUTH_KEY in data and (
         problem := settings.auth_key_problem(base64.b64decode(data[_AUTH_KEY]).decode("latin-1"))
     ):
-        raise _Unusable(f"{_AUTH_KEY}: {problem}")
+        raise _Unusable(f"{source.files.get(_AUTH_KEY, _AUTH_KEY)}: {problem}")
     return SecretValue(
         namespace=secret.namespace,
         name=secret.name,

@@ -87,8 +87,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
     nothing is public before its gate is there. Children are named by hostname: adding or removing a
     route touches no other route's record.
 
-    The tunnel is protected. To delete it: `pulumi state unprotect`, then remove it from the
-    settings.
+    The tunnel is protected until ``homelab:tunnels.<name>.delete`` holds its name.
     """
 
     id: pulumi.Output[str]

@@ -122,6 +122,7 @@ def export(
     urls: pulumi.Input[Mapping[str, str]],
 ) -> None:
     """Exports a stack's outputs under the names that :class:`Platform` reads."""
+    _keep_outputs_out_of_debug_messages()
     pulumi.export("version", CONTRACT_VERSION)
     pulumi.export("cluster", cluster)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
@@ -129,3 +130,17 @@ def export(
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)
     pulumi.export("urls", urls)
+
+
+def _keep_outputs_out_of_debug_messages() -> None:
+    """Cuts the values off the SDK's debug message on the outputs of a stack or component.
+
+    `register_resource_outputs` (pulumi/runtime/resource.py) writes them in the clear, secret ones
+    too. On the terminal they show with --debug only, in event logs always.
+    """
+    debug = pulumi.log.debug
+
+    def without_values(msg: str, *args: Any, **kwargs: Any) -> None:
+        debug(msg.partition(", props=")[0], *args, **kwargs)
+
+    pulumi.log.debug = without_values
