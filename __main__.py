@@ -32,7 +32,7 @@ for warning in stack.warnings:
     pulumi.log.warn(warning)
 
 host = Host(pulumi.get_stack(), connection)
-engine = docker.Provider("docker", host=stack.host.docker)
+engine = docker.Provider("docker", host=stack.host.docker, ssh_opts=connection.ssh_options or None)
 k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
 kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
 cluster = Cluster(name, kubeconfig.provider, k3d.identity, kubeconfig.path, host, live.incarnation)

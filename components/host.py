@@ -35,7 +35,7 @@ _BOOT = (
 _INSTALL = (
     "import os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);os.makedirs(d,exist_ok=True);"
     "f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
-    'os.fdopen(f,"w").write(sys.stdin.read());os.replace(t,p)'
+    'o=os.fdopen(f,"w");o.write(sys.stdin.read());o.flush();os.fsync(f);o.close();os.replace(t,p)'
 )
 
 
@@ -114,8 +114,12 @@ class Connection:
         error = result["error"]
         raise _error(f"{error['step']} on {self.name} failed", error["cause"], error["remedy"])
 
-    def _ssh(self) -> list[str]:
+    @property
+    def ssh_options(self) -> list[str]:
+        """The options of OpenSSH's client on the way to the host; none for a local one."""
         host = self._host
+        if host.connection == "local":
+            return []
         options = [
             "BatchMode=yes",
             "StrictHostKeyChecking=yes",
@@ -124,14 +128,20 @@ class Connection:
         ]
         if host.known_hosts:
             options.append(f"UserKnownHostsFile={host.known_hosts}")
-        argv = ["ssh", *(word for option in options for word in ("-o", option))]
         if host.identity_file:
-            argv += ["-i", host.identity_file]
+            options.append(f"IdentityFile={host.identity_file}")
+        argv = [word for option in options for word in ("-o", option)]
         if host.jump:
-            argv += ["-J", host.jump]
-        if host.port != 22:
-            argv += ["-p", str(host.port)]
-        return [*argv, "--", f"{host.user}@{host.address}" if host.user else str(host.address)]
+            # Not -J, whose hop would take none of these options and could ask (ssh(1)).
+            hop = shlex.join(["ssh", *argv, "-W", "[%h]:%p", "--", host.jump])
+            argv += ["-o", f"ProxyCommand={hop}"]
+        return argv
+
+    def _ssh(self) -> list[str]:
+        host = self._host
+        port = ["-p", str(host.port)] if host.port != 22 else []
+        destination = f"{host.user}@{host.address}" if host.user else str(host.address)
+        return ["ssh", *self.ssh_options, *port, "--", destination]
 
     def _unreachable_remedy(self) -> str:
         if self._host.connection == "local":

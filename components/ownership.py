@@ -39,6 +39,13 @@ def refuse_two_owners(
                     "name": deployment,
                 },
             )
+            if owner["exists"] is None:
+                raise pulumi.RunError(
+                    f"homelab:tunnels.{name}.connector: cannot tell whether ArgoCD owns Deployment"
+                    f" {connector.namespace}/{deployment}: {owner['detail']}.\n  Remedy: let"
+                    f" `hostctl kubeconfig` write {kubeconfig} on the host and see that the API"
+                    " answers, or leave the connector to ArgoCD with connector.kind: external."
+                )
             if owner["argocd"]:
                 raise pulumi.RunError(
                     f"homelab:tunnels.{name}.connector: kind cluster, but Deployment"

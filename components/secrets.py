@@ -302,7 +302,7 @@ class Secrets(pulumi.ComponentResource):
             },
             secret=True,
             # In another cluster nothing has been seen yet.
-            triggers=[self._cluster.identity.id],
+            triggers=[self._cluster.incarnation],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[secret for _, secret in watched]),
         )
 

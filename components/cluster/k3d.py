@@ -17,6 +17,8 @@ from components.host import Connection, Host, HostError, result
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
 # wait for the API.
 _SLACK_SECONDS = 900
+# The ceiling of a recreate's backup; it reports its progress.
+_BACKUP_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,17 @@ class LiveCluster:
 
     def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
-        if not fixed or cluster.recreate == cluster.name:
+        # The network is a resource of its own, with the live nodes in it: no recreate changes it.
+        rooted = [one for one in fixed if one["key"].startswith(("network.", "servers"))]
+        if not fixed or (cluster.recreate == cluster.name and not rooted):
             return
+        anew = (
+            "delete the cluster first (homelab:cluster.delete, `pulumi up`, `pulumi destroy`) and"
+            " bring it up anew"
+            if rooted
+            else f"confirm a recreate with homelab:cluster.recreate: {cluster.name} (it makes and"
+            " verifies a backup first)"
+        )
         lines = [
             f"  homelab:cluster.{difference['key']}: declared {difference['declared']},"
             f" live {difference['live']}"
@@ -68,8 +79,7 @@ class LiveCluster:
             " and are fixed when it is created:\n"
             + "\n".join(lines)
             + "\n  Remedy: write the live value into the stack file to keep the cluster as it is,"
-            f" or confirm a recreate with homelab:cluster.recreate: {cluster.name} (it makes and"
-            " verifies a backup first)."
+            f" or {anew}."
         )
 
     def announce(self, cluster: settings.Cluster, host: str) -> None:
@@ -78,11 +88,17 @@ class LiveCluster:
             pulumi.log.info(f"cluster {cluster.name} does not exist on {host}: up creates it")
             return
         elif self.state == "stopped":
-            pulumi.log.warn(f"cluster {cluster.name} on {host} is stopped: up starts it")
+            pulumi.log.warn(
+                f"cluster {cluster.name} on {host} is stopped: up starts it. After `up --refresh`"
+                " run up once more: edits of objects wait for a run that begins with the cluster up"
+            )
         for difference in self.differences:
+            # One that is fixed and was not refused is to be recreated.
+            anew = "up backs the cluster up, deletes it and makes it anew"
+            remedy = anew if difference["fixed"] else difference["remedy"]
             pulumi.log.warn(
                 f"cluster {cluster.name}: {difference['key']} is {difference['live']}, declared"
-                f" {difference['declared']}: {difference['remedy']}"
+                f" {difference['declared']}: {remedy}"
             )
         for unseen in self.unseen:
             pulumi.log.warn(f"cluster {cluster.name}: not seen: {unseen}")
@@ -166,7 +182,10 @@ class K3dCluster(pulumi.ComponentResource):
                 )
             )
 
-        wait = f"{cluster.api_wait_seconds + _SLACK_SECONDS}s"
+        seconds = 2 * cluster.api_wait_seconds + _SLACK_SECONDS
+        if cluster.recreate:
+            seconds += _BACKUP_SECONDS
+        wait = f"{seconds}s"
         ensure = args.host.command(
             "cluster",
             ["k3d", "ensure"],

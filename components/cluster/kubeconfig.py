@@ -62,6 +62,7 @@ class Kubeconfig(pulumi.ComponentResource):
             result(command).apply(lambda seen: _checked(seen["kubeconfig"]))
         )
         self.path = pulumi.Output.from_input(file.path)
+        sleeping = args.live.state == "stopped"
         self.provider = kubernetes.Provider(
             "kubernetes",
             kubeconfig=self.content,
@@ -70,10 +71,11 @@ class Kubeconfig(pulumi.ComponentResource):
             # Without these every changed Secret or ConfigMap is replaced.
             enable_secret_mutable=True,
             enable_config_map_mutable=True,
-            # `preview --refresh` of a sleeping cluster warns and keeps what is known; objects are
-            # never forgotten for being out of reach.
-            skip_update_unreachable=True,
+            # Objects out of reach are never forgotten. A refresh, which reads with the provider in
+            # the state, keeps what is known of a sleeping cluster. The provider of a preview must
+            # not skip: its Check would hide every edit (pulumi-kubernetes, provider.go).
             delete_unreachable=False,
+            skip_update_unreachable=not (sleeping and pulumi.runtime.is_dry_run()),
             opts=pulumi.ResourceOptions(parent=self),
         )
         self.register_outputs({"path": self.path, "content": self.content})

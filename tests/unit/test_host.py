@@ -31,7 +31,9 @@ def test_ssh_checks_host_keys_and_never_asks():
     words = shlex.split(connection(**SSH, port=2222, jump="me@bastion").installed(["k3d", "stop"]))
     assert words[0] == "ssh"
     assert {"BatchMode=yes", "StrictHostKeyChecking=yes"} <= set(words)
-    assert words[words.index("-J") + 1] == "me@bastion"
+    hop = shlex.split(next(word for word in words if word.startswith("ProxyCommand=")))
+    assert {"BatchMode=yes", "StrictHostKeyChecking=yes"} <= set(hop)
+    assert hop[-3:] == ["[%h]:%p", "--", "me@bastion"]
     assert words[words.index("-p") + 1] == "2222"
     assert words[-3:] == ["--", "root@p510.lan", "/var/lib/homelab/hostctl k3d stop"]
 
