@@ -4,12 +4,11 @@ Everything a host does for a stack is a verb of ``hostctl`` (see ``hostctl/READM
 two ways:
 
 - *read*: hostctl's text is piped to the host's ``python3`` by the invoke ``command:local:run``,
-which preview and up both
-  execute. Nothing has to be installed, so the first preview of a new host works.
+  which preview and up both execute. Nothing has to be installed, so the first preview of a new host
+  works.
 - *change*: a :class:`pulumi_command.local.Command` runs the hostctl that :class:`Host` installed at
-a fixed path. Its inputs
-  hold no path, user or hash of a checkout: two operators see no difference, and a delete stored
-  long ago still runs.
+  a fixed path. Its inputs hold no path, user or hash of a checkout: two operators see no
+  difference, and a delete stored long ago still runs.
 """
 
 import json
@@ -194,9 +193,9 @@ class Host(pulumi.ComponentResource):
         call.
 
         ``spec`` travels on stdin, so an edit updates in place and never replaces; ``triggers``
-        replace. ``secret`` marks the spec and both outputs secret and logs nothing:
-        a failed command's text would otherwise be printed. ``delete`` is the verb that `destroy`
-        runs from the state; without one nothing is undone on the host.
+        replace. ``secret`` marks the spec and both outputs secret and logs nothing: a failed
+        command's text would otherwise be printed. ``delete`` is the verb that `destroy` runs from
+        the state; without one nothing is undone on the host.
         """
         stdin = pulumi.Output.json_dumps(spec)
         return local.Command(

@@ -2,10 +2,9 @@
 wrong.
 
 :func:`load` reads those of the current stack and is the only reader of Pulumi's configuration.
-``Settings.model_validate`` takes the
-same mapping without Pulumi. Either raises :class:`SettingsError`, whose text names every refused
-key, its value unless that is a secret,
-what is allowed, and the remedy.
+``Settings.model_validate`` takes the same mapping without Pulumi. Either raises
+:class:`SettingsError`, whose text names every refused key, its value unless that is a secret, what
+is allowed, and the remedy.
 """
 
 from components.settings.argocd import ArgoCD

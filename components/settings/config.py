@@ -19,8 +19,7 @@ def load() -> Settings:
     """The settings of the current stack. Raises SettingsError with all that is wrong in them.
 
     The engine hands over every key of the stack file, with the defaults of Pulumi.yaml and
-    encrypted values decrypted. Keys of other
-    namespaces are the providers' and not ours.
+    encrypted values decrypted. Keys of other namespaces are the providers' and not ours.
     """
     name = f"Pulumi.{pulumi.get_stack()}.yaml"
     config = {
@@ -58,8 +57,7 @@ class _StackFile:
         need not be.
 
         The engine marks a whole `homelab:<key>` as secret when anything in it is encrypted. What
-        then stands in the file in the clear,
-        at this very place, is none.
+        then stands in the file in the clear, at this very place, is none.
         """
         if not path or not is_config_secret(f"{_NAMESPACE}{path[0]}"):
             return True
