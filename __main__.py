@@ -4,7 +4,7 @@ import pulumi
 import pulumi_docker as docker
 
 import homelab
-from components import settings
+from components import debug, settings
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import Cluster
 from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster
@@ -15,6 +15,7 @@ from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
+debug.keep_outputs_out_of_messages()
 stack = settings.load()
 name = stack.cluster.name
 

@@ -3,14 +3,15 @@ project to read it.
 
     from homelab import Platform
 
-    p510 = Platform("organization/homelab/p510")   # `organization` is the literal word on a file
-    backend pulumi.export("argocd", p510.urls["argocd.example.org"])
+    # `organization` is the literal word on a file backend.
+    p510 = Platform("organization/homelab/p510")
+    pulumi.export("argocd", p510.urls["argocd.example.org"])
 
 A stack exports each field of :class:`Platform` under its name in camelCase. Within one contract
 version fields are only added.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import pulumi
@@ -65,7 +66,8 @@ class Platform:
     def __init__(self, stack: str, opts: pulumi.ResourceOptions | None = None) -> None:
         self._stack = stack
         self._reference = pulumi.StackReference(stack, opts=opts)
-        self._version = self._reference.require_output("version").apply(self._checked_version)
+        # Not `require_output`, whose KeyError names no stack.
+        self._version = self._reference.get_output("version").apply(self._checked_version)
 
     @property
     def cluster(self) -> pulumi.Output[Cluster]:
@@ -76,7 +78,18 @@ class Platform:
         """YAML text; secret. Reachable where the stack's API address is: on the host itself for a
         loopback one.
         """
-        return pulumi.Output.secret(self._read("kubeconfig"))
+
+        def decrypted(content: Any) -> str:
+            # {} takes the place of what cannot be decrypted; with a kubeconfig that names no
+            # cluster, a Provider would take the ambient ~/.kube/config, another cluster.
+            if not isinstance(content, str) or not content:
+                raise pulumi.RunError(
+                    f"the kubeconfig of stack {self._stack} cannot be decrypted. Remedy: give both"
+                    " stacks the same passphrase (PULUMI_CONFIG_PASSPHRASE) or key service."
+                )
+            return content
+
+        return pulumi.Output.secret(self._read("kubeconfig").apply(decrypted))
 
     @property
     def namespaces(self) -> pulumi.Output[list[str]]:
@@ -85,9 +98,12 @@ class Platform:
     @property
     def argocd(self) -> pulumi.Output[ArgoCD | None]:
         """None for a stack without ArgoCD."""
-        return pulumi.Output.all(self._version, self._reference.get_output("argocd")).apply(
-            lambda both: both[1]
-        )
+
+        def whole(argocd: Any) -> ArgoCD | None:
+            # What is null in another stack's outputs is missing here.
+            return argocd and ArgoCD(**{"commit": None, "url": None, **argocd})
+
+        return self._read("argocd", optional=True).apply(whole)
 
     @property
     def tunnels(self) -> pulumi.Output[Mapping[str, Tunnel]]:
@@ -98,12 +114,23 @@ class Platform:
         """URL of each route by its hostname."""
         return self._read("urls")
 
-    def _read(self, name: str) -> pulumi.Output[Any]:
-        return pulumi.Output.all(self._version, self._reference.require_output(name)).apply(
-            lambda both: both[1]
-        )
+    def _read(self, name: str, *, optional: bool = False) -> pulumi.Output[Any]:
+        def present(versioned: Sequence[Any]) -> Any:
+            value = versioned[1]
+            if value is None and not optional:
+                raise pulumi.RunError(
+                    f"stack {self._stack} exports no {name}. Remedy: bring it up (pulumi up)."
+                )
+            return value
 
-    def _checked_version(self, version: float) -> int:
+        return pulumi.Output.all(self._version, self._reference.get_output(name)).apply(present)
+
+    def _checked_version(self, version: float | None) -> int:
+        if version is None:
+            raise pulumi.RunError(
+                f"stack {self._stack} exports no version: it was not brought up, or is no stack of"
+                " homelab. Remedy: check the name, or bring it up (pulumi up)."
+            )
         if int(version) != CONTRACT_VERSION:
             raise pulumi.RunError(
                 f"stack {self._stack} exports outputs of contract version {version:g}; this program"
@@ -122,7 +149,6 @@ def export(
     urls: pulumi.Input[Mapping[str, str]],
 ) -> None:
     """Exports a stack's outputs under the names that :class:`Platform` reads."""
-    _keep_outputs_out_of_debug_messages()
     pulumi.export("version", CONTRACT_VERSION)
     pulumi.export("cluster", cluster)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
@@ -130,17 +156,3 @@ def export(
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)
     pulumi.export("urls", urls)
-
-
-def _keep_outputs_out_of_debug_messages() -> None:
-    """Cuts the values off the SDK's debug message on the outputs of a stack or component.
-
-    `register_resource_outputs` (pulumi/runtime/resource.py) writes them in the clear, secret ones
-    too. On the terminal they show with --debug only, in event logs always.
-    """
-    debug = pulumi.log.debug
-
-    def without_values(msg: str, *args: Any, **kwargs: Any) -> None:
-        debug(msg.partition(", props=")[0], *args, **kwargs)
-
-    pulumi.log.debug = without_values

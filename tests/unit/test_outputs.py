@@ -57,8 +57,6 @@ def read(run_program):
 @pytest.fixture
 def exported(run_program, monkeypatch):
     """What a stack exports, as Outputs."""
-    monkeypatch.setattr(pulumi.log, "debug", pulumi.log.debug)
-
     def run(**changed):
         made = {}
         monkeypatch.setattr(pulumi, "export", made.__setitem__)
