@@ -12,6 +12,7 @@ cluster = kubernetes.Provider(
     # Tied to the cluster's identity: a rotated certificate replaces nothing, another cluster
     # replaces everything.
     cluster_identifier=platform.cluster["identity"],
+    # Without it every changed ConfigMap is replaced.
     enable_config_map_mutable=True,
 )
 options = pulumi.ResourceOptions(provider=cluster)
@@ -23,7 +24,8 @@ kubernetes.core.v1.ConfigMap(
     data={
         "cluster": platform.cluster["name"],
         "storageClass": platform.cluster["storageClass"],
-        "urls": pulumi.Output.json_dumps(platform.urls),
+        # Sorted, since a mapping that comes from another stack has no order of its own.
+        "urls": pulumi.Output.json_dumps(platform.urls, sort_keys=True),
     },
     opts=options,
 )

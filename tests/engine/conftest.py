@@ -1,0 +1,115 @@
+"""The stack p510 under the real engine, on the stand-ins: what the tests of its life share."""
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rehearsal.machine import RehearsalMachine
+from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run, with_made_up_secrets
+
+# What a copy of a stack can do without: what Pulumi and the rehearsal keep of former runs.
+_PAST = shutil.ignore_patterns("events", "logs", "backups", "history")
+
+
+class P510(Rehearsal):
+    """A rehearsal of p510 whose settings, world and host can be changed."""
+
+    def __init__(self, directory: Path) -> None:
+        stack_file = yaml.safe_load((CHECKOUT / "Pulumi.p510.yaml").read_text())
+        config, _ = with_made_up_secrets(stack_file["config"])
+        self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
+        super().__init__(directory, "p510", self.settings)
+
+    def copy(self, directory: Path) -> "P510":
+        """The same stack in the same world once more, to go another way."""
+        shutil.copytree(self.directory, directory, ignore=_PAST)
+        (directory / "events").mkdir()
+        twin = copy.copy(self)
+        twin.directory = directory
+        return twin
+
+    @contextlib.contextmanager
+    def edited(self) -> Iterator[dict[str, Any]]:
+        """The settings, to be changed within."""
+        settings = copy.deepcopy(self.settings)
+        yield settings
+        self.set_config(settings)
+        self.settings = settings
+
+    @property
+    def world(self) -> Path:
+        """What the stand-ins made, a file an object."""
+        return self.directory / "world"
+
+    @property
+    def cluster_file(self) -> Path:
+        """The k3d cluster as Docker would show it."""
+        return self.world / "machine" / "clusters" / "factory.json"
+
+    @property
+    def objects(self) -> Path:
+        """What lives in the cluster that was last brought up: <namespace>/<Kind.group>/<name>."""
+        record = json.loads(self.host_file("/var/lib/homelab/clusters/factory.json").read_text())
+        return self.world / "kubernetes" / record["identity"].removeprefix("factory-")
+
+    def host_file(self, path: str) -> Path:
+        """A file of the host."""
+        return self.world / "machine" / "files" / path.lstrip("/")
+
+    def write_file(self, path: str, content: str) -> None:
+        """Puts a file on the host, as agenix does when it decrypts a Secret."""
+        file = self.host_file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+    def on_host(self, *argv: str) -> None:
+        """Runs a command in a shell of the host, behind Pulumi's back."""
+        ran = RehearsalMachine(self.world / "machine").run(argv)
+        assert ran.code == 0, ran.complaint
+
+
+@pytest.fixture(scope="session")
+def brought_up(tmp_path_factory) -> P510:
+    """p510 after its first up; not to be changed."""
+    p510 = P510(tmp_path_factory.mktemp("brought-up"))
+    p510.up()
+    return p510
+
+
+@pytest.fixture
+def p510(brought_up, tmp_path) -> P510:
+    """p510 after its first up, to do anything with."""
+    return brought_up.copy(tmp_path / "p510")
+
+
+@contextlib.contextmanager
+def edited_file(path: Path) -> Iterator[Any]:
+    """A JSON file, to be changed within: how someone edits an object of the world by hand."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def planned(run: Run) -> set[str]:
+    """All that a run changes or would change, as `operation Type name`."""
+    return {
+        f"{step.op.value} {step.type.rpartition(':')[2]} {step.urn.rpartition('::')[2]}"
+        for step in run.steps
+        if step.op.value not in UNCHANGED
+    }
+
+
+def errors(run: Run) -> list[str]:
+    """The errors of a run, without the engine's closing remark that the program has failed."""
+    return [
+        text
+        for text in run.diagnostics
+        if text.startswith("error: ") and "program exited with non-zero exit code" not in text
+    ]
