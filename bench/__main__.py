@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from bench import growth, preview, settings
@@ -37,33 +38,35 @@ def main() -> int:
         except RehearsalError as error:
             say(f"bench: {error}")
             return 2
+    if options.quick:
+        figures = [replace(figure, target=None) for figure in figures]
     print(table(figures))
     missed = [figure.what for figure in figures if not figure.met]
     summary = f"{len(missed)} of {sum(f.target is not None for f in figures)} targets missed"
     if options.quick:
         summary = "quick: too few and too small to judge by"
     print(f"bench: {summary}, {time.monotonic() - started:.0f} s")
-    return 1 if missed and not options.quick else 0
+    return 1 if missed else 0
 
 
 Benchmarks = dict[str, Callable[[], list[Figure]]]
 
 
 def _whole(directory: Path, full: bool) -> Benchmarks:
-    sizes = (50, 500, 5000)
-    first_ups = sizes if full else sizes[:2]
+    sizes = {50: 9, 500: 5, 5000: 3}
+    first_ups = [50, 500, 5000] if full else [50, 500]
     return {
         "preview": lambda: preview.figures(directory / "preview", rounds=7),
-        "growth": lambda: growth.figures(directory / "growth", sizes, 3, first_ups),
+        "growth": lambda: growth.figures(directory / "growth", sizes, first_ups),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=5),
     }
 
 
 def _quick(directory: Path) -> Benchmarks:
-    sizes = (5, 50, 200)
+    sizes = {5: 1, 50: 1, 200: 1}
     return {
         "preview": lambda: preview.figures(directory / "preview", rounds=2),
-        "growth": lambda: growth.figures(directory / "growth", sizes, 1, sizes[:2]),
+        "growth": lambda: growth.figures(directory / "growth", sizes, [5, 50]),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=2),
     }
 

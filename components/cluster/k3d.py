@@ -25,16 +25,16 @@ _BACKUP_SECONDS = 24 * 3600
 class LiveCluster:
     """What `hostctl k3d inspect` saw: facts of this moment, read before anything is registered.
 
-    ``generation`` and ``incarnation`` are the only ones that become inputs. Both stand still while
-    the host agrees with the settings, so that healing once leaves nothing to do (design rule 3).
+    The generations and ``incarnation`` stand still while the host agrees with the settings, so that
+    healing once leaves nothing to do (design rule 3); ``identity`` is what the cluster's CA says.
     """
 
     state: str
+    identity: str | None
     generation: int
     incarnation: str
     certificate_generation: int
     differences: list[dict[str, Any]] = field(default_factory=list)
-    namespaces: list[str] | None = None
     unseen: list[str] = field(default_factory=list)
 
     @classmethod
@@ -46,15 +46,20 @@ class LiveCluster:
         seen = connection.read(["k3d", "inspect"], cluster_spec(cluster))["cluster"]
         live = cls(
             state=seen["state"],
+            identity=seen["identity"],
             generation=seen["generation"],
             incarnation=seen["incarnation"],
             certificate_generation=seen["certificate_generation"],
             differences=seen["differences"],
-            namespaces=seen["namespaces"],
             unseen=seen["unseen"],
         )
         live.refuse_fixed_differences(cluster)
         return live
+
+    @property
+    def to_be_recreated(self) -> bool:
+        """Whether a difference is left that only a recreate applies; it was confirmed."""
+        return any(difference["fixed"] for difference in self.differences)
 
     def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
@@ -211,7 +216,14 @@ class K3dCluster(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
         )
 
-        self.fingerprint = result(self.identity).apply(lambda seen: seen["identity"])
+        # Of a cluster that stays it is known: no edit of how the host is reached, which changes the
+        # command above, makes it unknown and a preview threaten to replace what lives in it.
+        stays = args.live.identity is not None and not args.live.to_be_recreated
+        self.fingerprint = (
+            pulumi.Output.from_input(args.live.identity)
+            if stays
+            else result(self.identity).apply(lambda seen: seen["identity"])
+        )
         self.output = pulumi.Output.all(
             name=cluster.name,
             identity=self.fingerprint,

@@ -20,7 +20,7 @@ from components.settings.secrets import (
     SecretType,
     missing_keys,
 )
-from components.settings.stack import Settings, undeclared_route_namespaces
+from components.settings.stack import Settings
 from components.settings.tailscale import AuthKey, Operator, Tailscale, auth_key_problem
 from components.settings.tunnel import (
     Access,
@@ -67,5 +67,4 @@ __all__ = [
     "load",
     "missing_keys",
     "token_secret_name",
-    "undeclared_route_namespaces",
 ]

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from components.settings.model import Model, Name, Text
 
-_REPOSITORY_PATH = r"[A-Za-z0-9_~][A-Za-z0-9_.~+-]*(?:/[A-Za-z0-9_~][A-Za-z0-9_.~+-]*)*/?"
+_REPOSITORY_PATH = r"[A-Za-z0-9_~][A-Za-z0-9_.~+-]*(?:/[A-Za-z0-9_~][A-Za-z0-9_.~+-]*)*"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?"
 
 
@@ -25,7 +25,7 @@ Repository = Annotated[
     str,
     Text(
         "a Git repository as https://host/path, ssh://[user@]host[:port]/path or user@host:path, "
-        "without credentials",
+        "without credentials and without a / at the end",
         "copy the clone URL of the repository; credentials belong into the host's Git "
         "configuration",
         "https://github.com/example/gitops",

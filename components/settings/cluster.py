@@ -1,5 +1,6 @@
 """The k3d cluster of a host: nodes, network, API server, kubeconfig."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from ipaddress import IPv4Network, ip_address, ip_network
@@ -43,22 +44,24 @@ _SHARED = frozenset(
         "/var/run",
     }
 )
-# Arguments that have a setting of their own, or would show a secret in the host's process list.
 _OWN_SETTING = {
     "--disable": "homelab:cluster.disable",
     "--resolv-conf": "homelab:cluster.resolvers",
     "--https-listen-port": "homelab:cluster.api.port",
     "--bind-address": "homelab:cluster.api.bind",
 }
-_SECRET_ARGUMENTS = frozenset(
-    {
-        "--token",
-        "--agent-token",
-        "--datastore-endpoint",
-        "--etcd-s3-access-key",
-        "--etcd-s3-secret-key",
-    }
+# k3d gives these itself, and hostctl finds the datastore where k3s has it by default.
+_K3D_GIVES = frozenset({"--cluster-init", "--data-dir", "--server"})
+# A value would be readable in the host's process list. --secrets-encryption has none.
+_CARRIES_SECRET = re.compile(
+    r"--(?!.*-file$)(?:.*(?:token|secret(?!s-encryption)|password|access-key)"
+    r"|datastore-endpoint|vpn-auth).*"
 )
+
+
+def _k3s_takes(argument: str) -> bool:
+    name = argument.partition("=")[0]
+    return name not in _OWN_SETTING.keys() | _K3D_GIVES and not _CARRIES_SECRET.fullmatch(name)
 
 
 def _is_address(text: str) -> bool:
@@ -157,13 +160,13 @@ StorageDir = Annotated[
 K3sArgument = Annotated[
     str,
     Text(
-        "--name or --name=value of the k3s server, none that has a setting of its own or carries "
-        "a secret",
+        "--name or --name=value of the k3s server, none that has a setting of its own, carries a "
+        f"secret, or is k3d's ({', '.join(sorted(_K3D_GIVES))})",
         f"use the setting ({', '.join(sorted(_OWN_SETTING.values()))}); a secret in an argument "
-        f"is readable by every process",
+        "is readable by every process: name its file, by the argument that ends in -file",
         "--kubelet-arg=max-pods=200",
-        r"--[a-z0-9][a-z0-9-]*(?:=[A-Za-z0-9_.:/,=+<%-]*)?",
-        lambda argument: argument.partition("=")[0] not in _OWN_SETTING.keys() | _SECRET_ARGUMENTS,
+        r"--[a-z][a-z0-9-]*(?:=[A-Za-z0-9_.:/,=+<%-]*)?",
+        _k3s_takes,
         shown=False,
     ),
 ]
@@ -341,6 +344,13 @@ class Cluster(Model):
                     f"a network outside {taken}, which belongs to {owner}",
                     "choose another private range, for example 172.30.0.0/16",
                 )
+        if "local-storage" in self.disable:
+            yield Problem(
+                ("cluster", "disable", self.disable.index("local-storage")),
+                "local-storage",
+                "parts other than local-storage, which serves storage class local-path",
+                "remove it: without it storageDir would hold no volumes",
+            )
         for key in ("recreate", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:

@@ -214,6 +214,10 @@ Account = Annotated[
 ]
 
 
+_HOST_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+
+
 def _image_is_pinned(reference: str) -> bool:
     name, _, digest = reference.partition("@")
     tag = name.rsplit("/", 1)[-1].partition(":")[2]
@@ -226,8 +230,8 @@ Image = Annotated[
         "an image with a tag other than `latest`, or with a digest (@sha256:...)",
         "pin the version that was tested: an unpinned image changes under the stack (incident 9)",
         "rancher/k3s:v1.31.5-k3s1",
-        r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?(?::[0-9]{1,5})?/)?"
-        r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
+        # Docker's grammar (github.com/distribution/reference).
+        rf"(?:{_HOST_LABEL}(?:\.{_HOST_LABEL})*(?::[0-9]{{1,5}})?/)?{_PART}(?:/{_PART})*"
         r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
         _image_is_pinned,
     ),

@@ -1,7 +1,7 @@
 """The settings of a stack as a whole, and the rules between its sections."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Annotated, Any
 
@@ -313,29 +313,21 @@ class Settings(Model):
                     )
 
     def _route_namespace_problems(self) -> Iterator[Problem]:
-        for path, namespace in undeclared_route_namespaces(self):
-            yield Problem(
-                path,
-                self.tunnels[str(path[1])].routes[int(path[3])].service,
-                "a Service in a namespace that is declared",
-                f"correct the namespace {namespace}, or declare it: "
-                f"homelab:namespaces.{namespace} (owner argocd if ArgoCD makes it)",
-                "names a namespace that is not declared",
-                [("namespaces", namespace), ("secrets", namespace), ("argocd", "namespace")],
-            )
-
-
-def undeclared_route_namespaces(settings: Settings) -> list[tuple[Path, str]]:
-    """Routes into namespaces that the settings do not name: path of `service`, and namespace."""
-    known: Mapping[str, str] = settings.declared_namespaces()
-    return [
-        (("tunnels", name, "routes", index, "service"), route.namespace)
-        for name, tunnel in settings.tunnels.items()
-        for index, route in enumerate(tunnel.routes)
-        if route.namespace is not None
-        and route.namespace not in known
-        and route.namespace not in _BUILT_IN_NAMESPACES
-    ]
+        known = self.declared_namespaces().keys() | _BUILT_IN_NAMESPACES
+        for name, tunnel in self.tunnels.items():
+            for index, route in enumerate(tunnel.routes):
+                namespace = route.namespace
+                if namespace is None or namespace in known:
+                    continue
+                yield Problem(
+                    ("tunnels", name, "routes", index, "service"),
+                    route.service,
+                    "a Service in a namespace that is declared",
+                    f"correct the namespace {namespace}, or declare it: "
+                    f"homelab:namespaces.{namespace} (owner argocd if ArgoCD makes it)",
+                    "names a namespace that is not declared",
+                    [("namespaces", namespace), ("secrets", namespace), ("argocd", "namespace")],
+                )
 
 
 def _is_loopback(name: str) -> bool:

@@ -21,6 +21,11 @@ from components.settings.model import (
 )
 from components.settings.problem import Path, Problem
 
+# Year and month of Cloudflare's own image by its tag; a digest alone tells no version.
+_CLOUDFLARED = re.compile(
+    r"(?:.*/)?cloudflare/cloudflared:([0-9]{4})\.([0-9]{1,2})(?:[.@-].*)?", re.ASCII
+)
+
 
 def _is_tunnel_secret(text: str) -> bool:
     try:
@@ -348,9 +353,24 @@ class Tunnel(Model):
                 f"the tunnel's name, {name}, or nothing",
                 f"type {name} to confirm, or remove the key",
             )
+        yield from self._connector_problems((*path, "connector"))
         yield from self._management_problems(path)
         for index, route in enumerate(self.routes):
             yield from self._route_problems((*path, "routes", index), route)
+
+    def _connector_problems(self, path: Path) -> Iterator[Problem]:
+        if isinstance(self.connector, ExternalConnector):
+            return
+        image = self.connector.image
+        version = _CLOUDFLARED.fullmatch(image)
+        if version and (int(version[1]), int(version[2])) < (2025, 4):
+            yield Problem(
+                (*path, "image"),
+                image,
+                "cloudflared 2025.4.0 or newer, the first that takes its token from a file",
+                "pin a newer version, for example cloudflare/cloudflared:2025.8.1",
+                "is too old",
+            )
 
     def _management_problems(self, path: Path) -> Iterator[Problem]:
         if self.management == "remote":

@@ -73,7 +73,7 @@ def checkout(tmp_path):
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     files = subprocess.check_output(listed, cwd=CHECKOUT, text=True).split("\0")
     for name in filter(None, files):
-        if (CHECKOUT / name).exists():
+        if (CHECKOUT / name).is_file():
             target = tmp_path / "checkout" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(CHECKOUT / name, target)

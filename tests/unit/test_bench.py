@@ -1,13 +1,8 @@
 """The benchmarks judge rightly, see all processes, and seed what an `up` would have left."""
 
 import json
-import sys
-
-import pytest
-
-pytest.importorskip("psutil")
-
 import subprocess
+import sys
 
 from bench.figure import Figure, table
 from bench.growth import _slopes

@@ -13,6 +13,7 @@ from components import settings
 from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster, server_url
 from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
 from components.host import Connection, Host, HostError
+from tests.unit.conftest import UNKNOWN
 
 IMAGE = "rancher/k3s:v1.31.5-k3s1"
 KUBECONFIG = (
@@ -27,6 +28,7 @@ def cluster(**rest: Any) -> settings.Cluster:
 def live(**rest: Any) -> LiveCluster:
     facts = {
         "state": "running",
+        "identity": "factory-0123456789abcdef",
         "generation": 3,
         "incarnation": "ab12cd34-1",
         "certificate_generation": 2,
@@ -194,6 +196,18 @@ def test_only_the_preview_of_a_stopped_cluster_shows_edits_without_it(
     """A provider that skips hides edits in Check; without skipping a refresh fails in Read."""
     resources = register(cluster(), live(state=state), preview=preview)
     assert resources["kubernetes", "kubernetes"].inputs["skipUpdateUnreachable"] == skips
+
+
+def test_an_edit_of_how_the_host_is_reached_does_not_touch_the_identity(register):
+    """The identity's command is another then, and its result unknown in the preview."""
+
+    def identifier(seen: LiveCluster) -> Any:
+        resources = register(cluster(recreate="factory"), seen, outputs={}, preview=True)
+        return resources["kubernetes", "kubernetes"].inputs["clusterIdentifier"]
+
+    assert identifier(live()) == "factory-0123456789abcdef"
+    assert identifier(live(state="absent", identity=None)) == UNKNOWN
+    assert identifier(live(differences=[{**MOVED, "key": "image"}])) == UNKNOWN
 
 
 def test_an_empty_kubeconfig_never_reaches_the_provider(register):

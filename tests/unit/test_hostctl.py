@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -131,7 +132,9 @@ class Host:
     @property
     def changed(self) -> list[str]:
         """The calls of the last verb that change containers."""
-        changing = re.compile(r"docker (start|stop|restart|rm|network [^i])|k3d cluster [^l]")
+        changing = re.compile(
+            r"docker (start|stop|restart|rm|network (?!inspect|ls))|k3d cluster [^l]"
+        )
         return [" ".join(call) for call in self.calls if changing.match(" ".join(call))]
 
 
@@ -476,6 +479,48 @@ def test_incident_05_resolvers_that_pods_cannot_reach_are_refused(
     assert resolver in error["cause"]
 
 
+@pytest.mark.parametrize(
+    ("resolver", "network"),
+    [("172.17.0.1", "bridge, 172.17.0.0/16"), ("10.9.0.53", "pihole, 10.9.0.0/24")],
+)
+def test_incident_05_resolvers_in_a_docker_network_are_refused(
+    host: Host, resolver: str, network: str
+) -> None:
+    pihole = {"name": "pihole", "id": "n2", "ipamConfigs": [{"subnet": "10.9.0.0/24"}]}
+    host.machine.docker_world.put("network/pihole", pihole)
+    wrong = SPEC | {"resolvers": ["1.1.1.1", resolver]}
+    for verb in ("inspect", "ensure"):
+        error = host(f"k3d {verb}", wrong, code=3)
+        assert error["cause"] == f"resolver {resolver} lies in Docker network {network}"
+        assert "public or LAN DNS server" in error["remedy"]
+        assert host.changed == []
+    assert any(resolver in one["what"] for one in host("k3d doctor", wrong)["findings"])
+    # Also before a recreate takes anything away.
+    host.up()
+    host("k3d ensure", wrong | {"recreate": "factory"}, code=3)
+    assert host.changed == []
+
+
+def test_incident_05_the_subnet_of_a_macvlan_network_is_the_lan(host: Host) -> None:
+    lan = {"name": "lan", "id": "n2", "ipamConfigs": [{"subnet": "192.168.1.0/24"}]}
+    host.machine.docker_world.put("network/lan", lan | {"driver": "macvlan"})
+    assert host.inspect(resolvers=["192.168.1.1"])["state"] == "absent"
+
+
+def test_incident_05_a_network_that_goes_away_meanwhile_is_looked_for_again(host: Host) -> None:
+    true_run, gone = host._run, {"name": "gone", "id": "n2"}
+    host.machine.docker_world.put("network/gone", gone)
+
+    def run(argv: Sequence[str], **options: Any) -> Ran:
+        ran = true_run(argv, **options)
+        if list(argv[:3]) == ["docker", "network", "ls"]:
+            host.machine.docker_world.delete("network/gone")
+        return ran
+
+    host._run = run
+    assert host.inspect()["state"] == "absent"
+
+
 def test_incident_05_resolvers_are_mounted_into_every_node(host: Host) -> None:
     host.up(agents=2)
     for node in host.cluster["nodes"]:
@@ -516,10 +561,19 @@ def test_incident_06_what_is_fixed_at_creation_is_shown_and_refused(
     (difference,) = seen["differences"]
     assert (difference["key"], difference["fixed"]) == (key, True)
     assert difference["declared"] != difference["live"]
-    assert "cluster.recreate to factory" in difference["remedy"]
+    beyond = key in ("network.subnet", "servers")
+    way = "cluster.delete set to factory" if beyond else "set cluster.recreate to factory"
+    assert way in difference["remedy"]
     error = live("k3d ensure", SPEC | declared, code=3)
     assert key in error["cause"]
+    assert way in error["remedy"]
     assert live.changed == []
+    if beyond:
+        confirmed = declared | {"recreate": "factory", "image": "rancher/k3s:v1.32.0-k3s1"}
+        assert live.inspect(**confirmed)["incarnation"] == seen["incarnation"]
+        error = live("k3d ensure", SPEC | confirmed, code=3)
+        assert "set cluster.recreate" not in error["remedy"]
+        assert live.changed == []
 
 
 def test_incident_06_a_moved_mount_is_seen(live: Host) -> None:
@@ -634,6 +688,24 @@ def test_incident_10_no_recreate_when_the_backup_does_not_verify(live: Host) -> 
     error = live("k3d ensure", SPEC | declared, code=5)
     assert "verifying the backup" in error["step"]
     assert not any("delete" in call for call in live.changed)
+
+
+def test_a_backup_says_how_far_it_is(live: Host) -> None:
+    live.machine.write_atomic("/mnt/img_pool/k3d/storage/pvc-1", b"x" * 3 * 2**20, 0o600)
+    true_run = live._run
+
+    def run(argv: Sequence[str], **options: Any) -> Ran:
+        ran = true_run(argv, **options)
+        if options.get("ends_with_us"):
+            options["tick"](5.0)
+        return ran
+
+    live._run = run
+    declared = {"image": "rancher/k3s:v1.32.0-k3s1", "recreate": "factory"}
+    live("k3d ensure", SPEC | declared)
+    told = [line for line in live.said.splitlines() if "5 s, 3.0 MiB written" in line]
+    assert len([line for line in told if "backing up cluster factory" in line]) == 2
+    assert any("verifying the backup of cluster factory" in line for line in told)
 
 
 def test_incident_14_the_kubeconfig_has_a_reachable_address(live: Host) -> None:
@@ -1145,6 +1217,7 @@ def test_repository_forms(host: Host, repository: str) -> None:
         {"repository": "file:///etc"},
         {"repository": "-oProxyCommand=x@host:path"},
         {"repository": "https://example.org/o/r?ref=x&a=b"},
+        {"repository": "https://example.org/o/r/"},
         {"repository": ""},
         {"ref": "--all"},
         {"ref": "a..b"},
@@ -1318,7 +1391,8 @@ def test_secret_values_are_never_in_errors(host: Host) -> None:
         {"storage_dir": "/a/../b"},
         {"storage_dir": "/a\n"},
         {"storage_dir": "/$HOME/b"},
-        {"k3s_args": ["--token=secret"]},
+        {"k3s_args": ["--data-dir=/x"]},
+        {"k3s_args": ["--cluster-init"]},
         {"k3s_args": ["server"]},
         {"k3s_args": ["--x=$(id)"]},
         {"network": {"name": "host", "subnet": "172.30.0.0/16"}},
@@ -1326,12 +1400,77 @@ def test_secret_values_are_never_in_errors(host: Host) -> None:
         {"network": {"name": "n", "subnet": "172.30.0.1/16"}},
         {"resolvers": []},
         {"ports": [{"host_port": 6443, "container_port": 80}]},
+        {"ports": [{"host_port": 80, "container_port": port} for port in (80, 81)]},
         {"servers": True},
     ],
 )
 def test_hostile_cluster_values_are_refused(host: Host, change: dict[str, Any]) -> None:
     host("k3d ensure", SPEC | change, code=2)
     assert host.calls == []
+
+
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": f"rancher/k3s@{DIGEST}"},
+        {"image": f"REGISTRY.lan:5000/rancher/k3s:v1.31.5-k3s1@{DIGEST}"},
+        {"api": {"bind": "127.0.0.1", "port": 6443, "server_name": "fd00::1"}},
+        {"storage_dir": "/mnt/a@b,c"},
+        {"k3s_args": ["--secrets-encryption", "--token-file=/var/lib/rancher/k3s/t"]},
+        {
+            "ports": [
+                {"host_port": 6443, "container_port": 80, "bind": "10.0.0.5"},
+                {"host_port": 80, "container_port": 80},
+                {"host_port": 80, "container_port": 80, "bind": "10.0.0.5"},
+            ]
+        },
+    ],
+)
+def test_what_docker_and_k3s_take_is_made_as_declared(host: Host, change: dict[str, Any]) -> None:
+    host.up(**change)
+    assert host.inspect(**change)["differences"] == []
+
+
+def test_an_image_declared_by_the_digest_that_runs_is_the_same(live: Host) -> None:
+    image = {
+        "name": SPEC["image"],
+        "imageId": live.inspect()["live"]["image_id"],
+        "repoDigest": f"rancher/k3s@{DIGEST}",
+    }
+    live.machine.docker_world.put("image/k3s", image)
+    assert live.inspect(image=f"rancher/k3s@{DIGEST}")["differences"] == []
+    other = live.inspect(image=f"rancher/k3s@{DIGEST[:-1]}1")["differences"]
+    assert [difference["key"] for difference in other] == ["image"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "--token",
+        "--agent-token",
+        "--etcd-s3-access-key",
+        "--etcd-s3-secret-key",
+        "--etcd-s3-session-token",
+        "--some-password",
+        "--datastore-endpoint",
+        "--vpn-auth",
+    ],
+)
+@pytest.mark.parametrize("parting", ["=", " "])
+def test_arguments_that_carry_a_secret_are_refused_and_never_shown(
+    live: Host, name: str, parting: str
+) -> None:
+    error = live("k3d ensure", SPEC | {"k3s_args": [f"{name}{parting}canary"]}, code=2)
+    assert "k3s_args[0]" in error["cause"]
+    assert "canary" not in json.dumps(error)
+    # A cluster that someone else made may have one.
+    live.edit_node(cmd=[*live.cluster["nodes"][0]["cmd"], name, "canary"])
+    seen = live.inspect()
+    assert [difference["key"] for difference in seen["differences"]] == ["k3sArgs"]
+    assert "canary" not in json.dumps(seen)
 
 
 _JSON = st.recursive(
@@ -1485,6 +1624,7 @@ def test_real_machine_bounds_and_ends_processes(tmp_path: Path) -> None:
         machine.run(["no-such-program"])
     machine.run(["/bin/echo", "out"], to_file=str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "out\n"
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
 
 
 def test_real_machine_writes_atomically_with_final_mode(tmp_path: Path) -> None:
@@ -1507,6 +1647,65 @@ def test_real_machine_writes_atomically_with_final_mode(tmp_path: Path) -> None:
         machine.read(path, limit=2)
     with pytest.raises(OSError, match="Is a directory"):
         machine.read(os.path.dirname(path))
+
+
+def test_real_machine_changes_no_access_through_a_link(tmp_path: Path) -> None:
+    machine = Machine()
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("x")
+    file.chmod(0o644)
+    link.symlink_to(file)
+    with pytest.raises(OSError, match="symbolic links"):
+        machine.set_access(str(link), 0o600, None, None)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    for path, mode in ((file, 0o600), (tmp_path, 0o710)):
+        machine.set_access(str(path), mode, None, None)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_real_machine_makes_a_directory_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    with pytest.raises(LookupError, match="no-such-group"):
+        machine.make_directory(str(tmp_path / "new"), 0o750, None, "no-such-group")
+    assert list(tmp_path.iterdir()) == []
+    # Another hostctl may make it at the same time.
+    (tmp_path / "new" / "file").parent.mkdir()
+    (tmp_path / "new" / "file").touch()
+    seen = iter([False, True])
+    monkeypatch.setattr(os.path, "isdir", lambda path: next(seen, True))
+    machine.make_directory(str(tmp_path / "new"), 0o750)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_real_machine_ends_a_copy_when_it_is_told_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals
+) -> None:
+    program = (
+        "import io,sys; sys.path.insert(0, sys.argv[1]); from hostctl import hostctl as h\n"
+        "h.STATE_DIRECTORY = sys.argv[2]\n"
+        "h.PROGRESS_SECONDS = 0.1\n"
+        "def copy(machine, spec):\n"
+        "    with machine.lock('x'):\n"
+        "        argv = ['/bin/sh', '-c', 'sleep 60; true']\n"
+        "        machine.run(argv, tick=lambda _: h.say('works'), timeout=99, ends_with_us=True)\n"
+        "h.VERBS['k3d', 'stop'] = h.Verb(copy, {})\n"
+        "sys.exit(h.main(['k3d', 'stop'], io.StringIO('{}')))\n"
+    )
+    argv = [sys.executable, "-c", program, str(PROGRAM.parent.parent), str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stderr
+        assert b"works" in running.stderr.readline()
+        running.send_signal(told)
+        out, _ = running.communicate(timeout=20)
+    assert running.returncode == 5
+    assert json.loads(out)["error"]["cause"] == "interrupted"
+    monkeypatch.setattr(hostctl, "STATE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(hostctl, "LOCK_SECONDS", 0)
+    with Machine().lock("x"):
+        pass
 
 
 def test_real_machine_lock_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

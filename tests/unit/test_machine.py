@@ -29,6 +29,10 @@ def config(**changes: Any) -> dict[str, Any]:
         ["docker", "ps", "-a"],
         ["docker", "ps", "--all", "--no-trunc", "--format", "{{.Secret}}"],
         ["docker", "inspect", "k3d-factory-server-0"],
+        ["docker", "network", "ls"],
+        ["docker", "network", "inspect"],
+        ["docker", "network", "prune", "--force"],
+        ["docker", "network"],
         ["docker", "rm", "--force", "k3d-factory-server-0"],
         ["docker", "system", "prune"],
         ["docker", "exec", "k3d-factory-server-0", "sh", "-c", "id"],
@@ -110,6 +114,21 @@ def test_k3d_keeps_a_network_that_it_did_not_make(machine: RehearsalMachine) -> 
     machine.create_cluster(config(servers=3))
     machine.run(["k3d", "cluster", "delete", "factory"])
     assert machine.docker_world.get("network/k3d-factory") is None
+
+
+def test_networks_are_those_of_the_docker_stand_in_and_dockers_own(
+    machine: RehearsalMachine,
+) -> None:
+    network = {"name": "k3d-factory", "id": "n", "ipamConfigs": [{"subnet": "172.30.0.0/16"}]}
+    machine.docker_world.put("network/k3d-factory", network)
+    listed = machine.run(["docker", "network", "ls", "--quiet", "--no-trunc"]).text.split()
+    seen = json.loads(machine.run(["docker", "network", "inspect", *listed]).out)
+    assert [one["Name"] for one in seen] == ["bridge", "k3d-factory"]
+    assert [one["IPAM"]["Config"][0]["Subnet"] for one in seen] == [
+        "172.17.0.0/16",
+        "172.30.0.0/16",
+    ]
+    assert machine.run(["docker", "network", "inspect", *listed, "gone"]).code == 1
 
 
 def test_sleeping_takes_no_time_and_passes_all_the_same(machine: RehearsalMachine) -> None:

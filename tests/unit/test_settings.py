@@ -20,14 +20,17 @@ import jsonschema
 import pulumi
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, TypeAdapter
 
 from components import settings
+from components.cluster.k3d import cluster_spec, server_url
+from components.secrets import _requests
 from components.settings import Settings, SettingsError, schema
 from components.settings.model import Rule, Text
+from hostctl import hostctl
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "settings"
@@ -258,6 +261,138 @@ class TestLeaves:
         assert text.isascii()
         assert text.isprintable()
         assert not text.startswith("-")
+
+
+def leaves(path: str, *edges: str) -> st.SearchStrategy[str]:
+    """Values that a leaf takes: its example, such at its edges, and any of its pattern."""
+    rule = RULES[f"settings.{path}"][1]
+    assert isinstance(rule, Text)
+    anything = st.from_regex(rule.pattern, fullmatch=True).map(lambda text: text[:200])
+    some = st.sampled_from([rule.example, *edges]) | anything
+    return some.filter(lambda text: taken(f"settings.{path}", text))
+
+
+def some(**optional: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=optional)
+
+
+_ADDRESSES = st.sampled_from(["127.0.0.1", "0.0.0.0", "100.64.0.7"]) | st.ip_addresses(v=4).map(str)
+_PORTS = st.sampled_from([80, 6443]) | st.integers(1, 65535)
+_DIGEST = f"sha256:{'0' * 64}"
+CLUSTERS = st.fixed_dictionaries(
+    {
+        "image": leaves(
+            "cluster.image",
+            f"rancher/k3s@{_DIGEST}",
+            f"REGISTRY.lan:5000/a__b/c--d:V1@{_DIGEST}",
+            f"localhost/k3s@{_DIGEST}",
+        )
+    },
+    optional={
+        "name": leaves("cluster.name"),
+        "servers": st.sampled_from([1, 1, 3, 7]),
+        "agents": st.integers(0, 32),
+        "disable": st.lists(st.sampled_from(["traefik", "servicelb", "metrics-server"])),
+        "api": some(
+            bind=_ADDRESSES,
+            port=_PORTS,
+            serverName=leaves("cluster.api.server_name", "fd00::1", "192.0.2.1", "a.example.org"),
+        ),
+        "resolvers": st.lists(st.ip_addresses().map(str), min_size=1, max_size=3),
+        "storageDir": leaves("cluster.storage_dir", "/mnt/a@b,c=d+e"),
+        "network": some(
+            name=leaves("cluster.network.name"),
+            subnet=st.sampled_from(["10.0.0.0/16", "172.30.0.0/16", "192.168.7.0/24"]),
+        ),
+        "k3sArgs": st.lists(
+            leaves(
+                "cluster.k3s_args",
+                *(
+                    f"--{name}=x"
+                    for name in (
+                        "data-dir", "cluster-init", "server", "token", "token-file", "disable",
+                        "resolv-conf", "etcd-s3-session-token", "secrets-encryption", "tls-san",
+                    )
+                ),
+            ),
+            max_size=3,
+        ),
+        "ports": st.lists(
+            st.fixed_dictionaries(
+                {"hostPort": _PORTS, "containerPort": _PORTS},
+                optional={"bind": _ADDRESSES, "protocol": st.sampled_from(["tcp", "udp"])},
+            ),
+            max_size=3,
+        ),
+        "kubeconfig": some(
+            path=leaves("cluster.kubeconfig.path"),
+            owner=leaves("cluster.kubeconfig.owner"),
+            group=leaves("cluster.kubeconfig.group"),
+            mode=leaves("cluster.kubeconfig.mode"),
+            directoryMode=leaves("cluster.kubeconfig.directory_mode"),
+        ),
+        "apiWaitSeconds": st.integers(10, 86400),
+    },
+)  # fmt: skip
+IMAGE = {"image": "rancher/k3s:v1.31.5-k3s1"}
+
+
+class TestWhatTheHostTakes:
+    """hostctl takes whatever the settings take: what is wrong is told in the words of the
+    settings, before anything is asked of a host.
+    """
+
+    @profile(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(config=CLUSTERS)
+    def test_every_cluster(self, config: dict[str, Any]) -> None:
+        assume(refusal({"cluster": config}) is None)
+        cluster = parse({"cluster": config}).cluster
+        hostctl.cluster_spec(cluster_spec(cluster), "k3d inspect")
+        facts = {"generation": 1, "incarnation": "0a1b2c3d-1", "confirm": cluster.delete}
+        hostctl.cluster_spec(cluster_spec(cluster) | facts, "k3d ensure")
+        file = cluster.kubeconfig.model_dump()
+        given = {"cluster": cluster.name, "server": server_url(cluster), "generation": 1}
+        hostctl.checked(file | given, hostctl.KUBECONFIG_SPEC, "kubeconfig")
+
+    @profile(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        config=st.fixed_dictionaries(
+            {"repository": leaves("argocd.repository", "https://example.org/o/r/")},
+            optional={
+                "ref": leaves("argocd.ref"),
+                "path": leaves("argocd.path", "."),
+                "namespace": leaves("argocd.namespace"),
+            },
+        )
+    )
+    def test_every_bootstrap(self, config: dict[str, Any]) -> None:
+        argocd = parse({"cluster": IMAGE, "argocd": config}).argocd
+        assert argocd is not None
+        repository = {"cluster": "factory", **argocd.model_dump(include={"repository", "path"})}
+        resolve = repository | {"ref": argocd.ref, "commit": None}
+        hostctl.checked(resolve, hostctl.RESOLVE_SPEC, "argocd resolve")
+        apply = {"kubeconfig": "/k", "commit": "0" * 40, "namespace": argocd.namespace}
+        hostctl.checked(repository | apply, hostctl.APPLY_SPEC, "argocd apply")
+
+    @profile(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_every_file_of_a_secret_and_of_a_tunnel(self, data: st.DataObject) -> None:
+        keys = st.from_regex(r"[A-Za-z0-9._-]{1,30}", fullmatch=True)
+        paths = leaves("secrets.manifest", "/run/agenix/a@b,c=d+e")
+        source = data.draw(
+            st.fixed_dictionaries({"files": st.dictionaries(keys, paths)})
+            | st.fixed_dictionaries({"manifest": paths})
+        )
+        secrets = {data.draw(leaves("namespaces")): {data.draw(leaves("secrets")): source}}
+        assume(refusal({"cluster": IMAGE, "secrets": secrets}) is None)
+        for declared in parse({"cluster": IMAGE, "secrets": secrets}).declared_secrets():
+            hostctl.checked({"files": _requests(declared)}, hostctl.FILES_SPEC, "files read")
+        token = {
+            "path": data.draw(leaves("tunnels.connector.token_file")),
+            "restart_container": data.draw(leaves("tunnels.connector.container")),
+            "content": "made-up",
+        }
+        hostctl.checked(token, hostctl.WRITE_SPEC, "files write")
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
