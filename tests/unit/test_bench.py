@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from bench.figure import Figure, table
 from bench.growth import _slopes
 from bench.larger import larger, name, p510

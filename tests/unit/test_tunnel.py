@@ -633,7 +633,7 @@ def test_a_connector_that_argocd_owns_is_refused_with_both_ways_out(monkeypatch,
 def test_an_owner_that_cannot_be_told_is_refused(monkeypatch) -> None:
     """The third answer: nothing is created on it (design rule 2)."""
     unknown = {"exists": None, "managers": [], "argocd": None, "detail": "no kubeconfig there"}
-    with pytest.raises(pulumi.RunError, match="cannot tell .* no kubeconfig there"):
+    with pytest.raises(pulumi.RunError, match=r"cannot tell .* no kubeconfig there"):
         refuse(monkeypatch, CLUSTER, {"cloudflared": unknown})
 
 
