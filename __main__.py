@@ -31,7 +31,7 @@ live = LiveCluster.read(stack.cluster, connection)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.state == "running":
-    refuse_two_owners(stack.tunnels, stack.cluster.kubeconfig.path, connection)
+    refuse_two_owners(stack.tunnels, name, connection)
 live.announce(stack.cluster, connection.name)
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)

@@ -18,12 +18,12 @@ def deployment_name(tunnel: str) -> str:
 
 
 def refuse_two_owners(
-    tunnels: Mapping[str, settings.Tunnel], kubeconfig: str, connection: Connection
+    tunnels: Mapping[str, settings.Tunnel], cluster: str, connection: Connection
 ) -> None:
     """Refuses an in-cluster connector beside one that ArgoCD owns (design rule 5).
 
     Looks at the Deployment that the connector would have, and at the incumbent's `cloudflared`.
-    ``kubeconfig`` is its path on the host; the cluster runs.
+    ``cluster`` is the name of the cluster, which runs.
     """
     for name, tunnel in tunnels.items():
         connector = tunnel.connector
@@ -33,7 +33,7 @@ def refuse_two_owners(
             owner = connection.read(
                 ["cluster", "owner"],
                 {
-                    "kubeconfig": kubeconfig,
+                    "cluster": cluster,
                     "namespace": connector.namespace,
                     "kind": "Deployment",
                     "name": deployment,
@@ -42,9 +42,9 @@ def refuse_two_owners(
             if owner["exists"] is None:
                 raise pulumi.RunError(
                     f"homelab:tunnels.{name}.connector: cannot tell whether ArgoCD owns Deployment"
-                    f" {connector.namespace}/{deployment}: {owner['detail']}.\n  Remedy: let"
-                    f" `hostctl kubeconfig` write {kubeconfig} on the host and see that the API"
-                    " answers, or leave the connector to ArgoCD with connector.kind: external."
+                    f" {connector.namespace}/{deployment}: {owner['detail']}.\n  Remedy: run"
+                    f" `hostctl k3d ensure {cluster}` on the host until the API answers, or leave"
+                    " the connector to ArgoCD with connector.kind: external."
                 )
             if owner["argocd"]:
                 raise pulumi.RunError(

@@ -27,6 +27,7 @@ import hashlib
 import hmac
 import io
 import ipaddress
+import itertools
 import json
 import os
 import pwd
@@ -151,14 +152,17 @@ class Machine:
         tick: Callable[[float], None] | None = None,
         to_file: str | None = None,
         limit: int = 32 * 1024 * 1024,
+        ends_with_us: bool = False,
     ) -> Ran:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
 
         ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
         session, so that an interrupt here does not cut it off half-way, and inherits the host's
         locks, so that nobody else starts while a child of a killed hostctl still works.
+        ``ends_with_us`` is for one that only copies: it and its children end when hostctl is told
+        to end, and give the locks back.
         """
-        sink = open(to_file, "xb") if to_file else None  # noqa: SIM115
+        sink = open(to_file, "xb", opener=_private) if to_file else None  # noqa: SIM115
         try:
             child = subprocess.Popen(
                 list(argv),
@@ -192,20 +196,20 @@ class Machine:
         if child.stdout:
             work.append((drain, ("out", child.stdout)))
         workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]
-        for worker in workers:
-            worker.start()
-        started = time.monotonic()
-        while not _ended(child, workers, min(PROGRESS_SECONDS, timeout)):
-            waited = time.monotonic() - started
-            if waited >= timeout:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                for worker in workers:
-                    worker.join(1)
-                raise TookTooLong(argv[0])
-            if tick:
-                tick(waited)
+        try:
+            for worker in workers:
+                worker.start()
+            started = time.monotonic()
+            while not _ended(child, workers, min(PROGRESS_SECONDS, timeout)):
+                waited = time.monotonic() - started
+                if waited >= timeout:
+                    raise TookTooLong(argv[0])
+                if tick:
+                    tick(waited)
+        except BaseException as ending:
+            if ends_with_us or isinstance(ending, TookTooLong):
+                _kill(child)
+            raise
         return Ran(child.returncode, bytes(kept["out"]), bytes(kept["err"]))
 
     # Files
@@ -250,20 +254,33 @@ class Machine:
             os.close(held)
 
     def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
-        os.chown(path, *self._ids(owner, group))
-        os.chmod(path, mode)
+        """Gives a file or directory its mode and owner. Raises OSError, also for a link: one may
+        have been put there since the path was looked at."""
+        # Without waiting for the other end of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            os.fchown(descriptor, *self._ids(owner, group))
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
 
     def make_directory(
         self, path: str, mode: int, owner: str | None = None, group: str | None = None
     ) -> None:
-        """Makes a directory and its parents (0755). One that exists is left as it is."""
+        """Makes a directory and its parents (0755). One that exists is left as it is; one that is
+        made has its mode and owner before its name."""
         if os.path.isdir(path):
             return
-        self.make_directory(os.path.dirname(path), 0o755)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-            os.chown(path, *self._ids(owner, group))
-            os.chmod(path, mode)
+        parent = os.path.dirname(path)
+        self.make_directory(parent, 0o755)
+        aside = tempfile.mkdtemp(dir=parent, prefix=".hostctl-")
+        try:
+            self.set_access(aside, mode, owner, group)
+            os.rename(aside, path)
+        except BaseException as failure:
+            os.rmdir(aside)
+            if not (isinstance(failure, OSError) and os.path.isdir(path)):
+                raise
 
     def exists(self, path: str) -> bool:
         return self.stat(path) is not None
@@ -417,6 +434,17 @@ class Machine:
     def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
         """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
         return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _kill(child: Any) -> None:
+    """Ends a process and those that it started, and waits until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> bool:
@@ -584,8 +612,8 @@ def _path(value: Any) -> str:
 
 
 def _mount_path(value: Any) -> str:
-    if not isinstance(value, str) or ":" in value or "," in value or "@" in value:
-        raise ValueError("an absolute path without ':', ',' or '@', which Docker's mounts use")
+    if not isinstance(value, str) or ":" in value:
+        raise ValueError("an absolute path without ':', which parts a mount of Docker")
     return _path(value)
 
 
@@ -607,6 +635,13 @@ def _address(value: Any) -> str:
         return str(ipaddress.IPv4Address(value if isinstance(value, str) else ""))
     except ValueError:
         raise ValueError("an IPv4 address (k3d takes no other)") from None
+
+
+def _server_name(value: Any) -> str:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(value if isinstance(value, str) else "")
+        return value
+    return _HOST(value)
 
 
 def _resolver(value: Any) -> str:
@@ -648,12 +683,17 @@ def _text_map(value: Any) -> dict[str, str]:
 
 
 def _k3s_argument(value: Any) -> str:
-    own = ("--disable", "--resolv-conf", "--cluster-init", "--token", "--data-dir", "--server")
+    own = ("--disable", "--resolv-conf", "--cluster-init", "--data-dir", "--server")
     if not isinstance(value, str) or not re.fullmatch(r"--[a-z][^\x00-\x1f\x7f$]*", value):
         # k3d expands $NAME in its config file and has no way to write a plain $.
         raise ValueError("an argument of k3s such as --write-kubeconfig-mode=640, without '$'")
-    if value.split("=")[0] in own:
+    if re.split("[= ]", value)[0] in own:
         raise ValueError(f"none of {', '.join(own)}, which have a setting of their own or none")
+    if _SECRET_ARGUMENT.match(value):
+        raise ValueError(
+            "one that carries no secret, which every process could read; k3s takes "
+            "secrets from files, by arguments that end in -file"
+        )
     return value
 
 
@@ -702,15 +742,23 @@ _CONTAINER = _text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}", "the name of a container
 _ACCOUNT = _text(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,63}", "the name or number of a user or group")
 _COMMIT = _text(r"[0-9a-f]{40}", "a commit of 40 hex digits")
 _IMAGE = _text(
-    r"(?!.*:latest(@|$))[a-z0-9][a-zA-Z0-9._/:-]*:[\w][\w.-]{0,127}(@sha256:[0-9a-f]{64})?",
-    "an image with a tag that is not latest (incident 9), optionally @sha256:...",
+    # Docker's grammar of references (github.com/distribution/reference); what is before the first
+    # slash may be a registry's host and port. Then a tag, a digest, or both.
+    r"(?!.*:latest(@|$))([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?(:\d{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
+    r"(:[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}(@sha256:[0-9a-f]{64})?|@sha256:[0-9a-f]{64})",
+    "an image with a tag that is not latest (incident 9), or with @sha256:...",
 )
 _SERVER = _text(
     r"https://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "https://HOST:PORT that clients reach"
 )
 _INCARNATION = _text(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
 _KIND = _text(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
-_SERVER_NAME = _text(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IPv4 address")
+_HOST = _text(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
+# Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
+_SECRET_ARGUMENT = re.compile(
+    r"--(?![^= ]*-file(?:[= ]|$))(?:[^= ]*(?:token|secret(?!s-encryption)|password|access-key)"
+    r"|datastore-endpoint|vpn-auth)[^= ]*"
+)
 _TYPES = (
     "Opaque",
     "kubernetes.io/dockerconfigjson",
@@ -737,7 +785,7 @@ CLUSTER_SPEC: dict[str, Any] = {
     "api": {
         "bind": Value(_address),
         "port": Value(_number(1, 65535)),
-        "server_name": Value(_or_null(_SERVER_NAME), None),
+        "server_name": Value(_or_null(_server_name), None),
     },
     "resolvers": Items(Value(_resolver)),
     "storage_dir": Value(_mount_path),
@@ -745,7 +793,7 @@ CLUSTER_SPEC: dict[str, Any] = {
         "name": Value(_text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", "the name of a Docker network")),
         "subnet": Value(_subnet),
     },
-    "k3s_args": Items(Value(_k3s_argument), []),
+    "k3s_args": Items(Value(_k3s_argument, secret=True), []),
     "ports": Items(
         {
             "host_port": Value(_number(1, 65535)),
@@ -781,10 +829,12 @@ def cluster_spec(spec: Any, verb: str) -> dict[str, Any]:
             wrong.append(f"resolvers: {resolver} lies in the cluster's own Docker network {subnet}")
     if not result["resolvers"]:
         wrong.append("resolvers: empty; allowed is at least one DNS server (incident 5)")
-    published = [(result["api"]["port"], "tcp")]
-    published += [(port["host_port"], port["protocol"]) for port in result["ports"]]
-    for port, protocol in sorted({pair for pair in published if published.count(pair) > 1}):
-        wrong.append(f"ports: {port}/{protocol} is used twice")
+    published = [(result["api"]["port"], "tcp", result["api"]["bind"])]
+    for port in result["ports"]:
+        published.append((port["host_port"], port["protocol"], port["bind"]))
+    for (port, protocol, bind), (*other, its_bind) in itertools.combinations(published, 2):
+        if [port, protocol] == other and (bind == its_bind or "0.0.0.0" in (bind, its_bind)):
+            wrong.append(f"ports: {port}/{protocol} is used twice on {its_bind}")
     if wrong:
         raise Failure("bad-spec", f"spec of {verb}", "; ".join(wrong), "correct the settings")
     return result
@@ -1047,6 +1097,42 @@ def _network(machine: Machine, name: str) -> dict[str, Any] | None:
     raise Failure("cannot-tell", step, seen.complaint, _remedy_for("docker", seen))
 
 
+def _networks(machine: Machine) -> list[dict[str, Any]]:
+    """All Docker networks of the host."""
+    step = "looking at the host's Docker networks"
+    for attempt in range(3):
+        listed = _run(
+            machine, ["docker", "network", "ls", "--quiet", "--no-trunc"], step, "cannot-tell"
+        )
+        seen = _try(machine, ["docker", "network", "inspect", *listed.text.split()], step)
+        if seen.code == 0:
+            return _json(seen.out, step)
+        # One that went away since it was listed.
+        if not ("not found" in seen.complaint or "No such" in seen.complaint) or attempt == 2:
+            raise Failure("cannot-tell", step, seen.complaint, _remedy_for("docker", seen))
+    raise AssertionError("unreachable")
+
+
+def refuse_docker_resolvers(machine: Machine, spec: Mapping[str, Any]) -> None:
+    """Refuses a DNS server inside a Docker network: its address moves when Docker makes its
+    networks anew, and the pods are without DNS (incident 5). The subnet of a macvlan or ipvlan
+    network is the LAN's own, where the router answers."""
+    for network in _networks(machine):
+        if network.get("Driver") in ("macvlan", "ipvlan"):
+            continue
+        for config in (network.get("IPAM") or {}).get("Config") or []:
+            subnet = config.get("Subnet")
+            for resolver in spec["resolvers"] if subnet else ():
+                if ipaddress.ip_address(resolver) in ipaddress.ip_network(subnet, strict=False):
+                    raise Failure(
+                        "refused",
+                        f"checking the resolvers of cluster {spec['name']}",
+                        f"resolver {resolver} lies in Docker network {network['Name']}, {subnet}",
+                        "name a public or LAN DNS server in cluster.resolvers, outside every "
+                        "Docker network (incident 5)",
+                    )
+
+
 def _refuse_foreign(name: str, found: Iterable[Mapping[str, Any]]) -> None:
     for facts in found:
         labels = facts["Config"].get("Labels") or {}
@@ -1185,7 +1271,7 @@ def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[st
             for part in argument.split("=", 1)[1].split(",")
         ),
         "k3s_args": [
-            argument
+            _without_secret(argument)
             for argument in arguments
             if argument.split("=")[0] not in ("--disable", "--resolv-conf", "--cluster-init")
         ],
@@ -1225,6 +1311,11 @@ def _arguments(node: Node) -> list[str]:
             # k3d puts its own last; an equal one of the user's stays.
             del joined[len(joined) - 1 - joined[::-1].index(own)]
     return joined
+
+
+def _without_secret(argument: str) -> str:
+    name = _SECRET_ARGUMENT.match(argument)
+    return f"{name.group(0)}=(not shown)" if name else argument
 
 
 def _live_api(cluster: Cluster) -> dict[str, Any]:
@@ -1286,16 +1377,9 @@ def differences(
 
     def compare(key: str, declared: Any, actual: Any) -> None:
         if declared != actual:
-            found.append(
-                {
-                    "key": key,
-                    "declared": declared,
-                    "live": actual,
-                    "fixed": True,
-                    "remedy": f"keep the cluster: declare {_plain(actual)}; or make it anew: set "
-                    f"cluster.recreate to {name} (it is backed up first)",
-                }
-            )
+            one = {"key": key, "declared": declared, "live": actual, "fixed": True}
+            one["remedy"] = f"keep the cluster: declare {_plain(actual)}; or {_anew(name, [one])}"
+            found.append(one)
 
     if not _same_image(machine, spec["image"], live):
         compare("image", spec["image"], live["image"])
@@ -1320,6 +1404,30 @@ def differences(
         remedy = f"up restarts {cluster.api.name}, which publishes it"
         found.append(_adjustable("api.published", True, False, remedy))
     return found
+
+
+_BEYOND_RECREATE = ("network.name", "network.subnet", "servers")
+"""What a recreate cannot change: the network is a resource of its own, not made by hostctl, and
+whether k3d makes it instead goes by the number of servers."""
+
+
+def may_recreate(spec: Mapping[str, Any], fixed: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a recreate is confirmed and brings what is declared."""
+    return spec["recreate"] == spec["name"] and not _beyond_recreate(fixed)
+
+
+def _beyond_recreate(fixed: Iterable[Mapping[str, Any]]) -> bool:
+    return any(one["key"] in _BEYOND_RECREATE for one in fixed)
+
+
+def _anew(name: str, fixed: Iterable[Mapping[str, Any]]) -> str:
+    """The way to a new cluster without these differences."""
+    if _beyond_recreate(fixed):
+        return (
+            f"delete the cluster first (cluster.delete set to {name}, up, destroy) and bring it up "
+            f"anew, since a recreate changes none of {', '.join(_BEYOND_RECREATE)}"
+        )
+    return f"make it anew: set cluster.recreate to {name} (it is backed up first)"
 
 
 def _adjustable(key: str, declared: Any, live: Any, remedy: str) -> dict[str, Any]:
@@ -1349,16 +1457,25 @@ def _same_image(machine: Machine, declared: str, live: Mapping[str, Any]) -> boo
 
     if familiar(declared) == familiar(live["image"]):
         return True
-    tag, _, digest = familiar(declared).partition("@")
-    live_tag, _, live_digest = familiar(live["image"]).partition("@")
-    if tag != live_tag or (digest and live_digest):
+    tagged, _, digest = familiar(declared).partition("@")
+    live_tagged, _, live_digest = familiar(live["image"]).partition("@")
+    (name, tag), (live_name, live_tag) = map(_split_tag, (tagged, live_tagged))
+    if name != live_name or (tag and live_tag and tag != live_tag):
         return False
+    if digest and live_digest:
+        return digest == live_digest
     if not digest:
-        return True
+        return tag == live_tag
     # Created by tag, declared by digest: the same if the image that it runs has that digest.
     argv = ["docker", "image", "inspect", "--format", "{{json .RepoDigests}}", live["image_id"]]
     ran = _try(machine, argv, "reading the node image's digest")
     return ran.code == 0 and digest in ran.text
+
+
+def _split_tag(reference: str) -> tuple[str, str]:
+    """Name and tag; a colon before a slash is that of a registry's port."""
+    name, colon, tag = reference.rpartition(":")
+    return (name, tag) if colon and "/" not in tag else (reference, "")
 
 
 # The record
@@ -1834,19 +1951,27 @@ def back_up(machine: Machine, cluster: Cluster) -> str:
     machine.make_directory(os.path.dirname(target), 0o700)
     machine.make_directory(target, 0o700)
     volumes, datastore = f"{target}/storage.tar", f"{target}/datastore.tar"
-    hours = 24 * 3600.0
     say(f"backing up {_size(needed)} to {target}")
+
+    def run(argv: Sequence[str], step: str, **options: Any) -> Ran:
+        def tick(waited: float) -> None:
+            say(f"{step}: {waited:.0f} s, {_size(machine.tree_bytes(target))} written")
+
+        options.update(timeout=24 * 3600.0, tick=tick, ends_with_us=True)
+        return _run(machine, argv, step, "failed", **options)
+
     pack = ["tar", "--create", "--xattrs", "--acls", "--numeric-owner", "--file", volumes]
-    _run(machine, [*pack, "--directory", storage, "."], step, "failed", timeout=hours)
+    run([*pack, "--directory", storage, "."], step)
     copy = ["docker", "cp", f"{server.name}:{DATASTORE_IN_NODE}", "-"]
-    _run(machine, copy, step, "failed", timeout=hours, to_file=datastore)
+    run(copy, step, to_file=datastore)
     verify = f"verifying the backup of cluster {cluster.name}"
     compare = ["tar", "--compare", "--xattrs", "--acls", "--file", volumes, "--directory", storage]
-    _run(machine, compare, verify, "failed", timeout=hours)
+    run(compare, verify)
     again = f"{target}/datastore-again.tar"
-    _run(machine, copy, verify, "failed", timeout=hours, to_file=again)
+    run(copy, verify, to_file=again)
+    say(f"{verify}: checksums")
     sums = {path: machine.checksum(path) for path in (volumes, datastore, again)}
-    listed = _run(machine, ["tar", "--list", "--file", datastore], verify, "failed", timeout=hours)
+    listed = run(["tar", "--list", "--file", datastore], verify)
     if sums[datastore] != sums[again] or "server/db/" not in listed.text:
         raise Failure(
             "failed",
@@ -1893,6 +2018,7 @@ def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     """Looks at a cluster and changes nothing: state, live facts, differences from the settings."""
     spec = cluster_spec(spec, "k3d inspect")
     cluster = look(machine, spec["name"], spec["network"]["name"])
+    refuse_docker_resolvers(machine, spec)
     return {"cluster": inspected(machine, spec, cluster)}
 
 
@@ -1918,7 +2044,7 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     fixed = [difference for difference in found if difference["fixed"]]
     # A create that was cut off is not what was declared, however it looks.
     agrees = cluster.state == "running" and not found and not record.get("creating")
-    renew = bool(fixed) and spec["recreate"] == spec["name"]
+    renew = bool(fixed) and may_recreate(spec, fixed)
     return {
         "state": cluster.state,
         "detail": cluster.detail,
@@ -1959,7 +2085,7 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         cluster = look(machine, name, spec["network"]["name"])
         cluster = resume(machine, spec, cluster)
         fixed = _fixed_differences(machine, spec, cluster)
-        if fixed and spec["recreate"] != name:
+        if fixed and not may_recreate(spec, fixed):
             raise Failure(
                 "refused",
                 f"ensuring cluster {name}",
@@ -1968,9 +2094,10 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
                     f"{one['key']} is {_plain(one['live'])}, declared {_plain(one['declared'])}"
                     for one in fixed
                 ),
-                "declare the live values to keep the cluster, or make it anew by setting "
-                f"cluster.recreate to {name} (it is backed up first)",
+                f"declare the live values to keep the cluster; or {_anew(name, fixed)}",
             )
+        if fixed or cluster.state == "absent":
+            refuse_docker_resolvers(machine, spec)
         if fixed:
             stop(machine, cluster)
             backup = back_up(machine, cluster)
@@ -2150,6 +2277,11 @@ def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:
         cluster = look(machine, spec["name"], spec["network"]["name"])
     except Failure as failure:
         find("error", f"{failure.step}: {failure.cause}", failure.remedy)
+    try:
+        refuse_docker_resolvers(machine, spec)
+    except Failure as failure:
+        if failure.code == "refused":
+            find("error", failure.cause, failure.remedy)
     bind = spec["api"]["bind"]
     if not machine.has_address(bind):
         find("error", f"no interface has {bind}", "bring it up: ip address show")
@@ -2727,7 +2859,7 @@ def _connector(
 
 
 OWNER_SPEC: dict[str, Any] = {
-    "kubeconfig": Value(_path),
+    "cluster": Value(_NAME),
     "namespace": Value(_or_null(_LABEL), None),
     "kind": Value(_KIND),
     "name": Value(_OBJECT),
@@ -2736,7 +2868,11 @@ OWNER_SPEC: dict[str, Any] = {
 
 def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     """Who owns an object: its field managers, and the ArgoCD Application that tracks it (one-owner
-    rule). ``exists`` is null when it cannot be told."""
+    rule). ``exists`` is null when it cannot be told.
+
+    Asked in the node: the kubeconfig on the host may be missing, or that of a cluster that is gone,
+    and the run that asks is the one that writes it anew.
+    """
     wanted = checked(spec, OWNER_SPEC, "cluster owner")
     step = f"looking for {wanted['kind']} {wanted['name']}"
     arguments = ["get", f"{wanted['kind']}/{wanted['name']}", "--ignore-not-found"]
@@ -2744,13 +2880,11 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     if wanted["namespace"]:
         arguments.append(f"--namespace={wanted['namespace']}")
     nobody: Result = {"managers": [], "argocd": None}
-    try:
-        seen = _kubectl(machine, wanted["kubeconfig"], arguments, step)
-    except Failure as failure:
-        if failure.code != "cannot-tell":
-            raise
-        return {"exists": None, **nobody, "detail": failure.cause}
+    server = f"k3d-{wanted['cluster']}-server-0"
+    seen = _try(machine, ["docker", "exec", server, "kubectl", *arguments], step)
     if seen.code:
+        if _UNREACHABLE.search(seen.complaint) or "No such container" in seen.complaint:
+            return {"exists": None, **nobody, "detail": seen.complaint}
         if "the server doesn't have a resource type" in seen.complaint:
             return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}
         raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
@@ -2920,7 +3054,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("cluster", "owner"): Verb(
         cluster_owner,
         {
-            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "cluster": "factory",
             "namespace": "factory",
             "kind": "Deployment",
             "name": "cloudflared",
@@ -3031,6 +3165,9 @@ def main(
         options = _parser().parse_args(arguments)
         verb = VERBS[options.words]
         here = machine or Machine()
+        if machine is None and threading.current_thread() is threading.main_thread():
+            # To be told to end is to be interrupted: children and locks are seen to.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         result = verb.run(here, _spec(here, verb, options, stdin or sys.stdin))
         answer: dict[str, Any] = {"hostctl": HOSTCTL_VERSION, "ok": True, **result}
         code = 0

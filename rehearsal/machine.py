@@ -24,8 +24,8 @@ World, below `<rehearsal>/world/machine/`:
   docker-down               Docker does not answer (as does world/docker/unreachable)
   missing-tools.json        programs that are not on PATH
   seed                      another seed gives another machine id and other CAs
-Networks, images and containers of the docker stand-in are those of `world/docker/`, objects in a
-cluster those of `world/kubernetes/`.
+Networks, images and containers of the docker stand-in are those of `world/docker/`, besides
+Docker's own network bridge; objects in a cluster are those of `world/kubernetes/`.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class RehearsalMachine(Machine):
         tick: Callable[[float], None] | None = None,
         to_file: str | None = None,
         limit: int = 0,
+        ends_with_us: bool = False,
     ) -> Ran:
         if argv[0] in self.setting("missing-tools.json", []):
             raise ToolMissing(argv[0])
@@ -317,8 +318,13 @@ class RehearsalMachine(Machine):
 
     # What a rehearsal makes up
 
-    def missing_file(self, request: Mapping[str, Any]) -> bytes:
-        """Content for a Secret file, valid for the Secret's type, marked, always the same."""
+    def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
+        """Content for a Secret file, valid for the Secret's type, marked, always the same.
+
+        None for an optional one, which may be missing.
+        """
+        if request["optional"]:
+            return None
         kind, path = request["type"], request["path"]
         keys = request["keys"] or _KEYS.get(kind, ["value"])
         values = {key: self._made_up(kind, path, key) for key in keys}
@@ -357,10 +363,8 @@ class RehearsalMachine(Machine):
     def _docker(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         if self._docker_is_down():
             return _failed(_DOCKER_DOWN)
-        if words[:2] in (["network", "inspect"], ["volume", "ls"], ["volume", "rm"]):
+        if words[0] in ("network", "volume", "image") and len(words) > 1:
             verb, rest = f"{words[0]}_{words[1]}", words[2:]
-        elif words[:2] == ["image", "inspect"]:
-            verb, rest = "image_inspect", words[2:]
         else:
             verb, rest = words[0], words[1:]
         model = getattr(self, f"_docker_{verb}", None)
@@ -400,24 +404,47 @@ class RehearsalMachine(Machine):
             found.append(facts)
         return _done(json.dumps(found))
 
+    def _networks(self) -> list[Object]:
+        """Docker's own bridge, and the networks of the docker stand-in."""
+        bridge = {"subnet": "172.17.0.0/16", "gateway": "172.17.0.1"}
+        own = {"name": "bridge", "id": self._random("network bridge"), "ipamConfigs": [bridge]}
+        return [own, *(network for _, network in self.docker_world.list("network"))]
+
+    def _docker_network_ls(self, words: list[str]) -> Ran:
+        options, operands = _options(words, ["--quiet", "--no-trunc"])
+        if operands or {"--quiet", "--no-trunc"} - options.keys():
+            raise _Usage("docker network ls without --quiet or --no-trunc")
+        return _done("".join(f"{network['id']}\n" for network in self._networks()))
+
     def _docker_network_inspect(self, words: list[str]) -> Ran:
-        _, (name,) = _options(words)
-        network = self.docker_world.get(f"network/{name}")
-        if network is None:
-            return _failed(f"Error response from daemon: network {name} not found")
+        _, wanted = _options(words)
+        if not wanted:
+            raise _Usage("docker network inspect without a name")
+        found = []
+        for name in wanted:
+            network = next(
+                (one for one in self._networks() if name in (one["name"], one["id"])), None
+            )
+            if network is None:
+                return _failed(f"Error response from daemon: network {name} not found")
+            found.append(self._network_facts(network))
+        return _done(json.dumps(found))
+
+    @staticmethod
+    def _network_facts(network: Object) -> Object:
+        """A network as `docker network inspect` shows it."""
         labels = {item["label"]: item["value"] for item in network.get("labels") or []}
         config = [
             {"Subnet": one.get("subnet"), "Gateway": one.get("gateway")}
             for one in network.get("ipamConfigs") or []
         ]
-        facts = {
-            "Name": name,
-            "Id": network.get("id"),
+        return {
+            "Name": network["name"],
+            "Id": network["id"],
             "Driver": network.get("driver", "bridge"),
             "IPAM": {"Driver": "default", "Config": config},
             "Labels": labels,
         }
-        return _done(json.dumps([facts]))
 
     def _docker_volume_ls(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--quiet"], ["--filter"])

@@ -121,7 +121,9 @@ ServerName = Annotated[
         "write the name or address that belongs into the kubeconfig (incident 14)",
         "p510.example.org",
         r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|[0-9a-fA-F]*:[0-9a-fA-F:.]+",
-        lambda name: _is_address(name) or (hostname_is_valid(name) and ".." not in name),
+        lambda name: (
+            _is_address(name) or (hostname_is_valid(name) and ".." not in name and ":" not in name)
+        ),
     ),
 ]
 Subnet = Annotated[
@@ -283,8 +285,8 @@ class Cluster(Model):
     )
     resolvers: list[IpAddress] = Field(
         default=["1.1.1.1", "9.9.9.9"],
-        description="DNS servers of the nodes, up to three, mounted as their resolv.conf "
-        "(incident 5). Fixed at creation.",
+        description="DNS servers of the nodes, up to three, outside every Docker network, mounted "
+        "as their resolv.conf (incident 5). Fixed at creation.",
     )
     storage_dir: StorageDir = Field(
         default="/mnt/img_pool/k3d/storage",
@@ -317,7 +319,8 @@ class Cluster(Model):
     recreate: ClusterName | None = Field(
         default=None,
         description="The cluster's name, typed: confirms that it is deleted and made anew, after "
-        "a backup (incident 10). Remove it afterwards.",
+        "a backup (incident 10); not with another network or number of servers. Remove it "
+        "afterwards.",
     )
     delete: ClusterName | None = Field(
         default=None,

@@ -16,7 +16,6 @@ from components.settings.model import (
     Model,
     Name,
     Number,
-    OpaqueSecret,
     Text,
 )
 from components.settings.problem import Path, Problem
@@ -52,6 +51,15 @@ TunnelSecret = Annotated[
         "bWFkZS11cC1leGFtcGxlLW1hZGUtdXAtZXhhbXBsZS0=",
         r"[A-Za-z0-9+/]+={0,2}",
         _is_tunnel_secret,
+    ),
+]
+ApiToken = Annotated[
+    SecretStr,
+    Text(
+        "an API token of Cloudflare: 40 or more letters, digits, `-` and `_`",
+        "make one under My Profile, API Tokens, and encrypt it",
+        "made-up-made-up-made-up-made-up-made-up-",
+        r"[A-Za-z0-9_-]{40,}",
     ),
 ]
 TunnelId = Annotated[
@@ -136,7 +144,7 @@ class Cloudflare(Model):
     """The account that holds the tunnels and the zones of their hostnames."""
 
     account_id: HexId = Field(description="Id of the account.")
-    api_token: OpaqueSecret = Field(
+    api_token: ApiToken = Field(
         description="API token, encrypted. Permissions: account Cloudflare Tunnel Edit, Access "
         "Apps and Policies Edit; zone DNS Edit."
     )

@@ -314,9 +314,6 @@ def test_all_unusable_secret_files_are_named_at_once_and_never_their_content(p51
     assert "planted-canary" not in preview.stdout + preview.stderr
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the make-believe host makes up the file of an optional Secret, too"
-)
 def test_an_optional_secret_without_its_file_is_left_out_with_a_warning(p510):
     with p510.edited() as settings:
         settings["secrets"]["fides"]["later"] = {"manifest": "/run/agenix/later", "optional": True}

@@ -17,10 +17,7 @@ ENGINES_OWN = {"pulumi:pulumi:Stack", "pulumi:providers:command"}
 """What a run registers before the program has said anything."""
 SLEEPING = {"update kubernetes kubernetes"}
 """What only the preview of a stopped cluster shows: a provider that skips nothing out of reach."""
-OWNER_IN_THE_NODE = pytest.mark.xfail(
-    strict=True,
-    reason="hostctl cluster owner asks by the kubeconfig file, which the refused run would heal",
-)
+
 REPLACEMENT = ("create-replacement", "replace", "delete-replaced")
 
 
@@ -125,7 +122,7 @@ def objects(p510: P510) -> set[str]:
     return {str(path.relative_to(p510.objects)) for path in p510.objects.rglob("*.json")}
 
 
-@pytest.fixture(params=["deleted", pytest.param("made anew", marks=OWNER_IN_THE_NODE)])
+@pytest.fixture(params=["deleted", "made anew"])
 def bereft(p510, request) -> P510:
     """p510 whose cluster was deleted behind Pulumi's back, and perhaps made anew."""
     p510.on_host("k3d", "cluster", "delete", "factory")
@@ -218,7 +215,6 @@ def refused(p510: P510) -> str:
 # The host's own drift
 
 
-@OWNER_IN_THE_NODE
 def test_an_api_port_that_docker_did_not_publish_is_seen_and_healed(p510):
     """Incident 1."""
     with edited_file(p510.cluster_file) as cluster:
@@ -230,7 +226,6 @@ def test_an_api_port_that_docker_did_not_publish_is_seen_and_healed(p510):
     assert planned(p510.preview()) == set()
 
 
-@OWNER_IN_THE_NODE
 def test_a_kubeconfig_that_someone_changed_is_written_anew(p510):
     path = p510.host_file("/etc/k3d/kubeconfig")
     before = path.read_bytes()

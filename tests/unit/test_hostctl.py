@@ -1273,7 +1273,7 @@ def test_connector_status_counts_ready_pods(live: Host) -> None:
 
 def test_owner_of_an_object_and_its_three_answers(live: Host) -> None:
     spec = {
-        "kubeconfig": "/etc/k3d/kubeconfig",
+        "cluster": "factory",
         "namespace": "default",
         "kind": "Deployment",
         "name": "cloudflared",

@@ -617,7 +617,7 @@ def refuse(monkeypatch, connector: dict, owners: dict[str, dict]) -> None:
     monkeypatch.setattr(Connection, "read", lambda _, verb, spec: owners[spec["name"]])
     tunnel = settings.Tunnel.model_validate({"secret": SECRET, "connector": connector})
     connection = Connection(settings.Host.model_validate({}))
-    refuse_two_owners({"factory": tunnel}, "/etc/k3d/kubeconfig", connection)
+    refuse_two_owners({"factory": tunnel}, "factory", connection)
 
 
 @pytest.mark.parametrize("owned", ["cloudflared", deployment_name("factory")])
