@@ -42,7 +42,15 @@ host = Host(pulumi.get_stack(), connection)
 engine = docker.Provider("docker", host=stack.host.docker, ssh_opts=connection.ssh_options or None)
 k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
 kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
-cluster = Cluster(name, kubeconfig.provider, k3d.identity, kubeconfig.path, host, live.incarnation)
+cluster = Cluster(
+    name=name,
+    provider=kubeconfig.provider,
+    identity=k3d.identity,
+    kubeconfig=kubeconfig.path,
+    host=host,
+    incarnation=live.incarnation,
+    anew=live.anew,
+)
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 argocd = None

@@ -281,8 +281,9 @@ class Secrets(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=[self._cluster.provider, *self._namespace(value.namespace)],
-                # A changed seed is not a change: what the cluster holds now is newer (incident 8).
-                ignore_changes=["stdin"],
+                # A changed seed is no change: what the cluster holds is newer (incident 8). A
+                # cluster that is made anew gets the seed of now.
+                ignore_changes=[] if self._cluster.anew else ["stdin"],
             ),
         )
 

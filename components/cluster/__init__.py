@@ -25,3 +25,5 @@ class Cluster:
     """Trigger of the Commands that must run anew in another cluster. Known in every preview, as the
     id of ``identity`` is not: the provider foretells a random one, which no saved plan survives.
     """
+    anew: bool = False
+    """Whether this run makes the cluster, for the first time or once more."""

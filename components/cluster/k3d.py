@@ -57,9 +57,9 @@ class LiveCluster:
         return live
 
     @property
-    def to_be_recreated(self) -> bool:
-        """Whether a difference is left that only a recreate applies; it was confirmed."""
-        return any(difference["fixed"] for difference in self.differences)
+    def anew(self) -> bool:
+        """Whether up makes the cluster: it is absent, or a confirmed recreate is left to do."""
+        return self.state == "absent" or any(one["fixed"] for one in self.differences)
 
     def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
@@ -218,10 +218,9 @@ class K3dCluster(pulumi.ComponentResource):
 
         # Of a cluster that stays it is known: no edit of how the host is reached, which changes the
         # command above, makes it unknown and a preview threaten to replace what lives in it.
-        stays = args.live.identity is not None and not args.live.to_be_recreated
         self.fingerprint = (
             pulumi.Output.from_input(args.live.identity)
-            if stays
+            if args.live.identity and not args.live.anew
             else result(self.identity).apply(lambda seen: seen["identity"])
         )
         self.output = pulumi.Output.all(

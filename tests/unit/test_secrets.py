@@ -209,12 +209,14 @@ def test_the_value_is_in_no_repr():
     assert CANARY not in repr(value)
 
 
-def registered(run_program, *values: SecretValue):
+def registered(run_program, *values: SecretValue, anew: bool = False):
     def program() -> None:
         host = Host("p510", Connection(settings.Host()))
         provider = kubernetes.Provider("kubernetes")
         identity = host.command("identity", ["k3d", "identity"], {}, opts=pulumi.ResourceOptions())
-        cluster = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1")
+        cluster = Cluster(
+            "factory", provider, identity, "/etc/k3d/kubeconfig", host, "0a1b2c3d-1", anew
+        )
         namespaces = Namespaces("factory", NamespacesArgs({"factory": "pulumi"}, cluster))
         Secrets("factory", SecretsArgs(values, namespaces, cluster))
 
@@ -249,6 +251,11 @@ def test_incident_08_a_changed_seed_is_no_change(run_program):
     assert seed.inputs["logging"] == "none"
     assert seed.inputs["triggers"] == ["0a1b2c3d-1"]
     assert json.loads(seed.inputs["stdin"])["data"] == {"k": ENCODED}
+
+
+def test_a_cluster_that_is_made_anew_gets_the_seed_of_now(run_program):
+    resources = registered(run_program, SEED, anew=True)
+    assert resources["Command", "seed factory/rotated"].ignore_changes == []
 
 
 def test_workloads_are_rolled_when_a_value_changes_and_only_then(run_program):
