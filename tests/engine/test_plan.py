@@ -109,3 +109,12 @@ def test_a_plan_applies_the_previewed_commit_of_a_branch_that_stood_still(platfo
     platform.preview()
     assert platform.up().changes == {"update": 1}
     assert platform.applied() == "4" * 40
+
+
+def test_a_first_plan_of_a_whole_host_brings_it_up(tmp_path):
+    """No input may be foretold by a provider that makes it up anew in the run that follows."""
+    rehearsal = Rehearsal(tmp_path, "p510")
+    plan = str(tmp_path / "plan.json")
+    rehearsal.preview("--save-plan", plan)
+    rehearsal.up("--plan", plan)
+    assert rehearsal.up("--expect-no-changes").changes == {}
