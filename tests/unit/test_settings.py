@@ -31,6 +31,7 @@ from components.secrets import _requests
 from components.settings import Settings, SettingsError, schema
 from components.settings.model import Rule, Text
 from hostctl import hostctl
+from rehearsal.run import with_made_up_secrets
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "settings"
@@ -64,10 +65,8 @@ def merged(config: Any, more: dict[str, Any]) -> dict[str, Any]:
 
 def complete(stack_file: Path) -> dict[str, Any]:
     """A committed stack file together with the secrets that a rehearsal makes up for it."""
-    stack = stack_file.name.split(".")[1]
-    made_up = ROOT / "rehearsal" / "secrets" / f"{stack}.yaml"
     config = yaml.safe_load(stack_file.read_text())["config"]
-    return config_of(json.dumps(merged(config, yaml.safe_load(made_up.read_text()))))
+    return config_of(json.dumps(with_made_up_secrets(config)[0]))
 
 
 P510 = complete(ROOT / "Pulumi.p510.yaml")
