@@ -2539,6 +2539,7 @@ _UNREACHABLE = re.compile(
     r"|context deadline exceeded|no route to host|TLS handshake timeout|ServiceUnavailable"
     r"|certificate signed by unknown authority|net/http: request canceled"
 )
+_NO_NODE = re.compile(r"No such container|is not running")
 
 SEED_SPEC: dict[str, Any] = {
     "kubeconfig": Value(_path),
@@ -2883,7 +2884,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     server = f"k3d-{wanted['cluster']}-server-0"
     seen = _try(machine, ["docker", "exec", server, "kubectl", *arguments], step)
     if seen.code:
-        if _UNREACHABLE.search(seen.complaint) or "No such container" in seen.complaint:
+        if _UNREACHABLE.search(seen.complaint) or _NO_NODE.search(seen.complaint):
             return {"exists": None, **nobody, "detail": seen.complaint}
         if "the server doesn't have a resource type" in seen.complaint:
             return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}

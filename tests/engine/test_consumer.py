@@ -80,7 +80,11 @@ def test_a_rotated_certificate_of_the_platform_replaces_nothing_of_the_consumer(
         ),
         (
             "partial",
-            {"version": 1, "cluster": {"identity": "x"}},
+            {
+                "version": 1,
+                "cluster": {"identity": "x", "name": "x", "storageClass": "local-path"},
+                "urls": {},
+            },
             "stack organization/homelab/partial exports no kubeconfig",
         ),
     ],

@@ -142,7 +142,11 @@ def test_a_stack_that_is_not_there_is_named_with_those_that_are(checkout):
 def test_make_rehearse_takes_the_stack_by_name_and_p510_by_default():
     def command(*arguments: str) -> str:
         return subprocess.check_output(
-            ["make", "-n", "rehearse", *arguments], cwd=CHECKOUT, text=True
+            ["make", "-n", "rehearse", *arguments],
+            cwd=CHECKOUT,
+            text=True,
+            # Of a make that runs the tests nothing is inherited, such as its lines on directories.
+            env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
         )
 
     assert command().rstrip().endswith("-m rehearsal p510")
