@@ -14,15 +14,13 @@ two ways:
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pulumi
 from pulumi_command import local
 
 from components import settings
-
-_HOSTCTL = Path(__file__).parent.parent / "hostctl" / "hostctl.py"
+from hostctl import program
 
 # `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that
 # `ps` shows.
@@ -54,7 +52,7 @@ class Connection:
 
     def __init__(self, host: settings.Host) -> None:
         self._host = host
-        self._program = _HOSTCTL.read_text(encoding="utf-8")
+        self._program = program.text()
 
     @property
     def name(self) -> str:

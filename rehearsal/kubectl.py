@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hostctl.hostctl import Ran
+from hostctl.machine import Ran
 from rehearsal.apiserver import ApiError, ApiServer
 from rehearsal.core import World
 from rehearsal.providers.kubernetes import cluster_id

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from hostctl.hostctl import Machine, Ran, Stat, ToolMissing
+from hostctl.machine import Machine, Ran, Stat, ToolMissing
 from rehearsal.core import World
 
 Object = dict[str, Any]

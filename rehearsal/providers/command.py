@@ -271,15 +271,16 @@ _one_at_a_time = threading.Lock()
 
 def _rehearse(command: str, stdin: str, directory: Path) -> Result:
     call = parse(command)
-    from hostctl import hostctl
+    from hostctl import cli
+    from hostctl.program import text
     from rehearsal.machine import RehearsalMachine
 
-    program = Path(hostctl.__file__).read_text()
+    program = text()
     with _one_at_a_time:
         machine = RehearsalMachine(directory / "world" / "machine")
         if call.how == "install":
             if stdin != program:
-                raise Failure("what is installed is not this checkout's hostctl/hostctl.py")
+                raise Failure("what is installed is not this checkout's hostctl")
             machine.make_directory(os.path.dirname(call.path), 0o755)
             machine.write_atomic(call.path, program.encode(), 0o755)
             return Result("", "")
@@ -290,14 +291,12 @@ def _rehearse(command: str, stdin: str, directory: Path) -> Result:
         else:
             shipped = json.loads(stdin)
             if shipped["program"] != program:
-                raise Failure("what is shipped is not this checkout's hostctl/hostctl.py")
+                raise Failure("what is shipped is not this checkout's hostctl")
             spec = json.dumps(shipped["spec"])
         stdout, stderr = io.StringIO(), io.StringIO()
         with redirect_stdout(stdout), redirect_stderr(stderr):
             try:
-                status = hostctl.main(
-                    list(call.arguments), stdin=io.StringIO(spec), machine=machine
-                )
+                status = cli.main(list(call.arguments), stdin=io.StringIO(spec), machine=machine)
             except SystemExit as leaving:
                 status = leaving.code if isinstance(leaving.code, int) else 1
     return Result(stdout.getvalue(), stderr.getvalue(), status)

@@ -4,17 +4,21 @@ A test that begins `test_incident_NN` replays that incident of the platform that
 """
 
 import ast
+import atexit
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +28,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostctl import hostctl
-from hostctl.hostctl import Machine, Ran
+from hostctl import cli, program
+from hostctl import machine as machine_module
+from hostctl.k3d import k3d_config
+from hostctl.machine import Machine, Ran, TookTooLong, ToolMissing
+from hostctl.protocol import Failure
+from hostctl.record import read_record
+from hostctl.spec import cluster_spec
 from rehearsal.apiserver import ApiServer
 from rehearsal.core import World
 from rehearsal.machine import RehearsalMachine
@@ -56,7 +65,7 @@ KUBECONFIG = {
     "generation": 1,
 }
 NODE = "k3d-factory-server-0"
-PROGRAM = Path(hostctl.__file__)
+ROOT = Path(cli.__file__).parent.parent
 
 
 class Killed(BaseException):
@@ -91,7 +100,7 @@ class Host:
         given_in = io.StringIO(json.dumps(spec or {}))
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                ended = hostctl.main(verb.split(), given_in, self.machine)
+                ended = cli.main(verb.split(), given_in, self.machine)
         finally:
             self.said = err.getvalue()
         answer = json.loads(out.getvalue())
@@ -654,7 +663,7 @@ def test_incident_10_a_recreate_backs_up_first(live: Host) -> None:
     assert after["identity"] != before["identity"]
     assert after["differences"] == []
     assert facts(after)[:2] == facts(seen)[:2]
-    backup = hostctl.read_record(live.machine, "factory")["backup"]
+    backup = read_record(live.machine, "factory")["backup"]
     assert backup.startswith("/mnt/img_pool/k3d/storage-backups/factory-")
     with tarfile.open(fileobj=io.BytesIO(live.machine.read(f"{backup}/storage.tar"))) as archive:
         assert archive.getnames() == ["pvc-1"]
@@ -817,7 +826,7 @@ def test_lost_record_is_recorded_anew_once(live: Host) -> None:
 
 def test_cluster_of_the_incumbent_is_adopted(host: Host) -> None:
     """Made with k3d's load balancer in front, other forms of arguments, and no label of ours."""
-    config = hostctl.k3d_config(hostctl.cluster_spec(SPEC, "test"), "none")
+    config = k3d_config(cluster_spec(SPEC, "test"), "none")
     host.machine.make_directory("/etc/k3d", 0o755)
     host.machine.write_atomic(
         "/etc/k3d/resolv.conf", b"nameserver 1.1.1.1\nnameserver 9.9.9.9\n", 0o644
@@ -916,7 +925,7 @@ def _killed_at(host: Host, number: int) -> bool:
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             for verb, given_in in (("k3d ensure", spec), ("kubeconfig", KUBECONFIG)):
                 trap: Any = Trap()
-                hostctl.main(verb.split(), io.StringIO(json.dumps(given_in)), trap)
+                cli.main(verb.split(), io.StringIO(json.dumps(given_in)), trap)
     except Killed:
         return True
     return False
@@ -1013,7 +1022,7 @@ def test_two_ensures_at_once_make_one_cluster(tmp_path: Path) -> None:
 
     def ensure(host: Host) -> None:
         given_in = io.StringIO(json.dumps(SPEC))
-        codes.append(hostctl.main(["k3d", "ensure"], given_in, host.machine))
+        codes.append(cli.main(["k3d", "ensure"], given_in, host.machine))
 
     threads = [threading.Thread(target=ensure, args=(host,)) for host in hosts]
     for thread in threads:
@@ -1481,7 +1490,7 @@ _JSON = st.recursive(
 
 
 @given(
-    verb=st.sampled_from([" ".join(words) for words in hostctl.VERBS]),
+    verb=st.sampled_from([" ".join(words) for words in cli.VERBS]),
     replaced=st.dictionaries(st.sampled_from([*sorted(SPEC), "path", "data", "files"]), _JSON),
     cut=st.integers(0, 12),
 )
@@ -1492,11 +1501,11 @@ def test_no_spec_makes_a_traceback(
     host: Host, verb: str, replaced: dict[str, Any], cut: int
 ) -> None:
     words = tuple(verb.split())
-    example = dict(hostctl.VERBS[words].example)
+    example = dict(cli.VERBS[words].example)
     spec = {key: example[key] for key in list(example)[:cut]} | replaced
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        code = hostctl.main(list(words), io.StringIO(json.dumps(spec)), host.machine)
+        code = cli.main(list(words), io.StringIO(json.dumps(spec)), host.machine)
     answer = json.loads(out.getvalue())
     assert answer["ok"] == (code == 0)
     if code:
@@ -1511,22 +1520,30 @@ def test_text_that_is_no_json_is_a_bad_spec(text: str) -> None:
     except ValueError:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            assert hostctl.main(["k3d", "inspect"], io.StringIO(text), Machine()) == 2
+            assert cli.main(["k3d", "inspect"], io.StringIO(text), Machine()) == 2
         assert json.loads(out.getvalue())["error"]["code"] == "bad-spec"
 
 
 # The file itself
 
 
+@functools.cache
+def _shipped() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="hostctl-")) / "hostctl"
+    atexit.register(shutil.rmtree, path.parent)
+    path.write_text(program.text())
+    return path
+
+
 def _execute(
     *arguments: str,
     stdin: str = "",
     path: str | None = None,
-    program: Sequence[str] = (str(PROGRAM),),
+    argv: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path} if path else dict(os.environ)
     return subprocess.run(
-        [sys.executable, *program, *arguments],
+        [sys.executable, *(argv or [str(_shipped())]), *arguments],
         input=stdin,
         env=environment,
         capture_output=True,
@@ -1536,9 +1553,8 @@ def _execute(
     )
 
 
-def test_the_file_is_executable_and_runs_on_python_3_9() -> None:
-    assert PROGRAM.stat().st_mode & stat.S_IXUSR
-    text = PROGRAM.read_text()
+def test_the_shipped_program_is_one_file_of_python_3_9_and_its_library() -> None:
+    text = program.text()
     assert text.startswith("#!/usr/bin/env python3\n")
     tree = ast.parse(text, feature_version=(3, 9))
     imported = {
@@ -1552,12 +1568,26 @@ def test_the_file_is_executable_and_runs_on_python_3_9() -> None:
         if isinstance(node, ast.ImportFrom)
     }
     assert imported <= sys.stdlib_module_names
+    defined = [
+        name
+        for node in tree.body
+        for name in (
+            [node.name]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            else [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.Assign)
+            else []
+        )
+    ]
+    assert sorted(defined) == sorted(set(defined))
+    modules = {path.stem for path in (ROOT / "hostctl").glob("[a-z]*.py")}
+    assert modules - {"program"} == set(program.MODULES)
 
 
-@pytest.mark.parametrize("verb", [(), *hostctl.VERBS], ids=" ".join)
+@pytest.mark.parametrize("verb", [(), *cli.VERBS], ids=" ".join)
 def test_help_of_every_verb(verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        hostctl.main([*verb, "--help"])
+        cli.main([*verb, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: hostctl {' '.join(verb)}".strip() in text
@@ -1595,11 +1625,11 @@ def test_shipped_text_runs_without_being_a_file(tmp_path: Path) -> None:
     file = tmp_path / "value"
     file.write_text("v")
     request = {"path": str(file), "as": "value", "namespace": "n", "name": "s"}
-    payload = {"program": PROGRAM.read_text(), "spec": {"files": [request]}}
-    ran = _execute("files", "read", "--exit-zero", stdin=json.dumps(payload), program=["-c", boot])
+    payload = {"program": program.text(), "spec": {"files": [request]}}
+    ran = _execute("files", "read", "--exit-zero", stdin=json.dumps(payload), argv=["-c", boot])
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["files"][str(file)]["state"] == "present"
-    ran = _execute("--help", stdin=json.dumps(payload), program=["-c", boot])
+    ran = _execute("--help", stdin=json.dumps(payload), argv=["-c", boot])
     assert "broken night" in ran.stdout
 
 
@@ -1618,9 +1648,9 @@ def test_real_machine_bounds_and_ends_processes(tmp_path: Path) -> None:
     ran = machine.run(["/bin/sh", "-c", "yes | head -c 1000000; echo no >&2; exit 3"], limit=1000)
     assert (ran.code, len(ran.out), ran.complaint) == (3, 1000, "no")
     assert machine.run(["/bin/cat"], input=b"x" * 10**6).out == b"x" * 10**6
-    with pytest.raises(hostctl.TookTooLong):
+    with pytest.raises(TookTooLong):
         machine.run(["/bin/sh", "-c", "sleep 60"], timeout=0.2)
-    with pytest.raises(hostctl.ToolMissing):
+    with pytest.raises(ToolMissing):
         machine.run(["no-such-program"])
     machine.run(["/bin/echo", "out"], to_file=str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "out\n"
@@ -1684,17 +1714,18 @@ def test_real_machine_ends_a_copy_when_it_is_told_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals
 ) -> None:
     program = (
-        "import io,sys; sys.path.insert(0, sys.argv[1]); from hostctl import hostctl as h\n"
+        "import io,sys; sys.path.insert(0, sys.argv[1])\n"
+        "from hostctl import cli, machine as h\n"
         "h.STATE_DIRECTORY = sys.argv[2]\n"
         "h.PROGRESS_SECONDS = 0.1\n"
         "def copy(machine, spec):\n"
         "    with machine.lock('x'):\n"
         "        argv = ['/bin/sh', '-c', 'sleep 60; true']\n"
         "        machine.run(argv, tick=lambda _: h.say('works'), timeout=99, ends_with_us=True)\n"
-        "h.VERBS['k3d', 'stop'] = h.Verb(copy, {})\n"
-        "sys.exit(h.main(['k3d', 'stop'], io.StringIO('{}')))\n"
+        "cli.VERBS['k3d', 'stop'] = cli.Verb(copy, {})\n"
+        "sys.exit(cli.main(['k3d', 'stop'], io.StringIO('{}')))\n"
     )
-    argv = [sys.executable, "-c", program, str(PROGRAM.parent.parent), str(tmp_path)]
+    argv = [sys.executable, "-c", program, str(ROOT), str(tmp_path)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stderr
         assert b"works" in running.stderr.readline()
@@ -1702,19 +1733,19 @@ def test_real_machine_ends_a_copy_when_it_is_told_to_end(
         out, _ = running.communicate(timeout=20)
     assert running.returncode == 5
     assert json.loads(out)["error"]["cause"] == "interrupted"
-    monkeypatch.setattr(hostctl, "STATE_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(hostctl, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(machine_module, "STATE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(machine_module, "LOCK_SECONDS", 0)
     with Machine().lock("x"):
         pass
 
 
 def test_real_machine_lock_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostctl, "STATE_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(hostctl, "LOCK_SECONDS", 2)
+    monkeypatch.setattr(machine_module, "STATE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(machine_module, "LOCK_SECONDS", 2)
     with Machine().lock("x"):
         waiting = Machine()
         monkeypatch.setattr(waiting, "sleep", lambda seconds: None)
-        with pytest.raises(hostctl.Failure) as refused, waiting.lock("x"):
+        with pytest.raises(Failure) as refused, waiting.lock("x"):
             pass
         assert refused.value.code == "timed-out"
     with Machine().lock("x"):
@@ -1726,17 +1757,18 @@ def test_real_machine_lock_outlives_a_killed_hostctl(
 ) -> None:
     """A k3d that goes on after hostctl was killed keeps the next hostctl waiting."""
     program = (
-        "import os,sys; sys.path.insert(0, sys.argv[1]); from hostctl import hostctl as h\n"
+        "import os,sys; sys.path.insert(0, sys.argv[1])\n"
+        "from hostctl import cli, machine as h\n"
         "h.STATE_DIRECTORY = sys.argv[2]\n"
         "m = h.Machine()\n"
         "with m.lock('x'):\n"
         "    m.run(['/bin/sh', '-c', 'kill -9 $PPID; sleep 3'])\n"
     )
-    root = str(PROGRAM.parent.parent)
+    root = str(ROOT)
     subprocess.run([sys.executable, "-c", program, root, str(tmp_path)], check=False)
-    monkeypatch.setattr(hostctl, "STATE_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(hostctl, "LOCK_SECONDS", 0)
-    with pytest.raises(hostctl.Failure), Machine().lock("x"):
+    monkeypatch.setattr(machine_module, "STATE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(machine_module, "LOCK_SECONDS", 0)
+    with pytest.raises(Failure), Machine().lock("x"):
         pass
 
 
@@ -1744,7 +1776,7 @@ def test_real_machine_sees_addresses_and_ports() -> None:
     machine = Machine()
     assert machine.has_address("127.0.0.1")
     assert not machine.has_address("192.0.2.77")
-    with contextlib.closing(hostctl._socket("127.0.0.1")) as listening:
+    with contextlib.closing(machine_module._socket("127.0.0.1")) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         port = listening.getsockname()[1]

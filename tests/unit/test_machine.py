@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from hostctl import hostctl
-from hostctl.hostctl import ToolMissing
+from hostctl import cli
+from hostctl.k3d import k3d_config
+from hostctl.machine import ToolMissing
+from hostctl.spec import cluster_spec
 from rehearsal.machine import RehearsalMachine
 
 
@@ -18,8 +20,8 @@ def machine(tmp_path: Path) -> RehearsalMachine:
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    spec = dict(hostctl.VERBS["k3d", "inspect"].example) | changes
-    return hostctl.k3d_config(hostctl.cluster_spec(spec, "test"), "0123456789abcdef")
+    spec = dict(cli.VERBS["k3d", "inspect"].example) | changes
+    return k3d_config(cluster_spec(spec, "test"), "0123456789abcdef")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,10 @@ from components.cluster.k3d import cluster_spec, server_url
 from components.secrets import _requests
 from components.settings import Settings, SettingsError, schema
 from components.settings.model import Rule, Text
-from hostctl import hostctl
+from hostctl import spec as hostctl_spec
+from hostctl.argocd import APPLY_SPEC, RESOLVE_SPEC
+from hostctl.files import FILES_SPEC, KUBECONFIG_SPEC, WRITE_SPEC
+from hostctl.spec import checked
 from rehearsal.run import with_made_up_secrets
 
 ROOT = Path(__file__).parents[2]
@@ -348,12 +351,12 @@ class TestWhatTheHostTakes:
     def test_every_cluster(self, config: dict[str, Any]) -> None:
         assume(refusal({"cluster": config}) is None)
         cluster = parse({"cluster": config}).cluster
-        hostctl.cluster_spec(cluster_spec(cluster), "k3d inspect")
+        hostctl_spec.cluster_spec(cluster_spec(cluster), "k3d inspect")
         facts = {"generation": 1, "incarnation": "0a1b2c3d-1", "confirm": cluster.delete}
-        hostctl.cluster_spec(cluster_spec(cluster) | facts, "k3d ensure")
+        hostctl_spec.cluster_spec(cluster_spec(cluster) | facts, "k3d ensure")
         file = cluster.kubeconfig.model_dump()
         given = {"cluster": cluster.name, "server": server_url(cluster), "generation": 1}
-        hostctl.checked(file | given, hostctl.KUBECONFIG_SPEC, "kubeconfig")
+        checked(file | given, KUBECONFIG_SPEC, "kubeconfig")
 
     @profile(max_examples=150, deadline=None, suppress_health_check=SLOW)
     @given(
@@ -371,9 +374,9 @@ class TestWhatTheHostTakes:
         assert argocd is not None
         repository = {"cluster": "factory", **argocd.model_dump(include={"repository", "path"})}
         resolve = repository | {"ref": argocd.ref, "commit": None}
-        hostctl.checked(resolve, hostctl.RESOLVE_SPEC, "argocd resolve")
+        checked(resolve, RESOLVE_SPEC, "argocd resolve")
         apply = {"kubeconfig": "/k", "commit": "0" * 40, "namespace": argocd.namespace}
-        hostctl.checked(repository | apply, hostctl.APPLY_SPEC, "argocd apply")
+        checked(repository | apply, APPLY_SPEC, "argocd apply")
 
     @profile(max_examples=150, deadline=None, suppress_health_check=SLOW)
     @given(data=st.data())
@@ -387,13 +390,13 @@ class TestWhatTheHostTakes:
         secrets = {data.draw(leaves("namespaces")): {data.draw(leaves("secrets")): source}}
         assume(refusal({"cluster": IMAGE, "secrets": secrets}) is None)
         for declared in parse({"cluster": IMAGE, "secrets": secrets}).declared_secrets():
-            hostctl.checked({"files": _requests(declared)}, hostctl.FILES_SPEC, "files read")
+            checked({"files": _requests(declared)}, FILES_SPEC, "files read")
         token = {
             "path": data.draw(leaves("tunnels.connector.token_file")),
             "restart_container": data.draw(leaves("tunnels.connector.container")),
             "content": "made-up",
         }
-        hostctl.checked(token, hostctl.WRITE_SPEC, "files write")
+        checked(token, WRITE_SPEC, "files write")
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -887,10 +887,10 @@ class Machine:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Puts a hostctl in place that echoes, and returns its program's text."""
-    program = tmp_path / "hostctl.py"
-    program.write_text("# hostctl\n")
-    hostctl = types.ModuleType("hostctl.hostctl")
-    hostctl.__file__ = str(program)
+    text = "# hostctl\n"
+    program = types.ModuleType("hostctl.program")
+    program.__dict__["text"] = lambda: text
+    cli = types.ModuleType("hostctl.cli")
 
     def main(argv: list[str], stdin: Any, machine: Machine) -> int:
         spec = json.load(stdin)
@@ -898,16 +898,17 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         print(json.dumps({"argv": argv, "spec": spec}))
         return spec.get("code", 0)
 
-    hostctl.__dict__["main"] = main
+    cli.__dict__["main"] = main
     package = types.ModuleType("hostctl")
-    package.__dict__["hostctl"] = hostctl
+    package.__dict__["cli"] = cli
     machine = types.ModuleType("rehearsal.machine")
     machine.__dict__["RehearsalMachine"] = Machine
     monkeypatch.setitem(sys.modules, "hostctl", package)
-    monkeypatch.setitem(sys.modules, "hostctl.hostctl", hostctl)
+    monkeypatch.setitem(sys.modules, "hostctl.cli", cli)
+    monkeypatch.setitem(sys.modules, "hostctl.program", program)
     monkeypatch.setitem(sys.modules, "rehearsal.machine", machine)
     monkeypatch.delenv("HOMELAB_REHEARSAL_RUN", raising=False)
-    return program.read_text()
+    return text
 
 
 def run(provider: command.Command, line: str, stdin: str, **inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,332 @@
+"""The command line: verbs, their help and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+from hostctl.argocd import argocd_apply, argocd_resolve
+from hostctl.files import files_read, files_write, kubeconfig
+from hostctl.k3d import (
+    k3d_delete,
+    k3d_doctor,
+    k3d_ensure,
+    k3d_identity,
+    k3d_inspect,
+    k3d_start,
+    k3d_stop,
+)
+from hostctl.machine import Machine
+from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
+from hostctl.record import read_record
+from hostctl.spec import NAME_SPEC, checked
+from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
+
+
+class Verb(NamedTuple):
+    """A verb: what runs, an example of its spec, and how the record gives the spec of a NAME."""
+
+    run: Callable[[Machine, dict[str, Any]], Result]
+    example: Mapping[str, Any]
+    recorded: Callable[[Machine, str], dict[str, Any]] | None = None
+
+
+def _recorded_cluster(machine: Machine, name: str) -> dict[str, Any]:
+    applied = read_record(machine, name).get("applied")
+    if not applied:
+        raise _nothing_recorded(name, "a cluster")
+    return applied
+
+
+def _recorded_kubeconfig(machine: Machine, name: str) -> dict[str, Any]:
+    written = read_record(machine, name).get("kubeconfig")
+    if not written:
+        raise _nothing_recorded(name, "a kubeconfig")
+    keys = ("path", "owner", "group", "mode", "directory_mode", "server", "generation")
+    return {"cluster": name, **{key: written[key] for key in keys}}
+
+
+def _nothing_recorded(name: str, what: str) -> Failure:
+    return Failure(
+        "bad-spec",
+        f"reading the record of {name}",
+        f"this host has no record of {what} {name}",
+        "run pulumi up once, or give the whole spec on stdin or with --spec FILE",
+    )
+
+
+_CLUSTER_EXAMPLE = {
+    "name": "factory",
+    "image": "rancher/k3s:v1.31.5-k3s1",
+    "servers": 1,
+    "agents": 0,
+    "disable": ["traefik", "servicelb"],
+    "api": {"bind": "127.0.0.1", "port": 6443},
+    "resolvers": ["1.1.1.1", "9.9.9.9"],
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
+    "k3s_args": [],
+    "ports": [],
+    "api_wait_seconds": 1800,
+}
+_KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
+_REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
+
+
+def _by_name(machine: Machine, name: str) -> dict[str, Any]:
+    return {"name": name}
+
+
+VERBS: dict[tuple[str, ...], Verb] = {
+    ("k3d", "inspect"): Verb(k3d_inspect, _CLUSTER_EXAMPLE, _recorded_cluster),
+    ("k3d", "ensure"): Verb(
+        k3d_ensure,
+        {**_CLUSTER_EXAMPLE, "generation": 1, "incarnation": "0a1b2c3d-1", "recreate": None},
+        _recorded_cluster,
+    ),
+    ("k3d", "start"): Verb(k3d_start, {"name": "factory"}, _by_name),
+    ("k3d", "stop"): Verb(k3d_stop, {"name": "factory"}, _by_name),
+    ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
+    ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster),
+    ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
+    ("kubeconfig",): Verb(
+        kubeconfig,
+        {
+            "cluster": "factory",
+            "path": _KUBECONFIG_EXAMPLE,
+            "owner": "root",
+            "group": "wheel",
+            "mode": "0640",
+            "directory_mode": "0750",
+            "server": "https://127.0.0.1:6443",
+            "generation": 1,
+        },
+        _recorded_kubeconfig,
+    ),
+    ("files", "read"): Verb(
+        files_read,
+        {
+            "files": [
+                {
+                    "path": "/run/agenix/minio-creds",
+                    "as": "manifest",
+                    "namespace": "factory",
+                    "name": "minio-creds",
+                    "type": "Opaque",
+                    "keys": [],
+                    "optional": False,
+                }
+            ]
+        },
+    ),
+    ("files", "write"): Verb(
+        files_write,
+        {
+            "path": "/var/lib/homelab/tunnels/p510.token",
+            "content": "(the text)",
+            "mode": "0600",
+            "owner": "root",
+            "group": "root",
+            "restart_container": "cloudflared-p510",
+        },
+    ),
+    ("secret", "seed"): Verb(
+        secret_seed,
+        {
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespace": "factory",
+            "name": "factory-cli-creds",
+            "type": "Opaque",
+            "data": {"token": "(base64)"},
+            "labels": {},
+        },
+    ),
+    ("rollout",): Verb(
+        rollout,
+        {
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespace": "factory",
+            "secrets": {"minio-creds": "(a digest of its data)"},
+        },
+    ),
+    ("argocd", "resolve"): Verb(
+        argocd_resolve,
+        {"cluster": "factory", **_REPOSITORY_EXAMPLE, "ref": "main", "commit": None},
+    ),
+    ("argocd", "apply"): Verb(
+        argocd_apply,
+        {
+            "cluster": "factory",
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            **_REPOSITORY_EXAMPLE,
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "namespace": "argocd",
+        },
+    ),
+    ("connector", "status"): Verb(
+        connector_status,
+        {"kubeconfig": _KUBECONFIG_EXAMPLE, "namespace": "factory", "deployment": "cloudflared"},
+    ),
+    ("connector", "stop"): Verb(
+        connector_stop,
+        {"kubeconfig": _KUBECONFIG_EXAMPLE, "namespace": "factory", "deployment": "cloudflared"},
+    ),
+    ("cluster", "owner"): Verb(
+        cluster_owner,
+        {
+            "cluster": "factory",
+            "namespace": "factory",
+            "kind": "Deployment",
+            "name": "cloudflared",
+        },
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are results like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        remedy = f"`{self.prog} --help` shows what it takes"
+        raise Failure("bad-spec", "reading the command line", message, remedy)
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="hostctl",
+        formatter_class=plain,
+        description=__doc__,
+        epilog="On a broken night: hostctl k3d doctor NAME; hostctl k3d ensure NAME; "
+        "hostctl kubeconfig NAME.",
+    )
+    parser.add_argument("--version", action="version", version=f"hostctl {HOSTCTL_VERSION}")
+    top = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    groups: dict[str, Any] = {}
+    for words, verb in VERBS.items():
+        summary = " ".join((verb.run.__doc__ or "").split("\n\n")[0].split())
+        text = " ".join(words)
+        parent = top
+        if len(words) == 2:
+            if words[0] not in groups:
+                group = top.add_parser(words[0], help=f"hostctl {words[0]} --help")
+                groups[words[0]] = group.add_subparsers(
+                    metavar="VERB", required=True, parser_class=_Parser
+                )
+            parent = groups[words[0]]
+        example = json.dumps(verb.example, indent=1)
+        one = parent.add_parser(
+            words[-1],
+            formatter_class=plain,
+            help=summary,
+            description=_filled(verb.run.__doc__ or ""),
+            epilog=f"example:\n  hostctl {text} <<'EOF'\n{example}\nEOF\n"
+            + (
+                f"or, as recorded on this host:\n  hostctl {text} factory\n"
+                if verb.recorded
+                else ""
+            ),
+        )
+        one.set_defaults(words=words)
+        if verb.recorded:
+            one.add_argument("name", nargs="?", help="a cluster of this host, instead of a spec")
+        one.add_argument("--spec", metavar="FILE", help="read the spec from a file, not from stdin")
+        one.add_argument(
+            "--exit-zero", action="store_true", help="exit 0 whenever a JSON result was printed"
+        )
+        if words == ("k3d", "delete"):
+            one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
+    return parser
+
+
+def _filled(docstring: str) -> str:
+    return "\n".join(line.strip() for line in docstring.strip().splitlines())
+
+
+def _spec(
+    machine: Machine, verb: Verb, options: argparse.Namespace, stdin: TextIO
+) -> dict[str, Any]:
+    name = getattr(options, "name", None)
+    step = f"reading the spec of {' '.join(options.words)}"
+    if name is not None:
+        assert verb.recorded
+        spec = verb.recorded(
+            machine, checked({"name": name}, NAME_SPEC, "a cluster's name")["name"]
+        )
+        confirm = getattr(options, "confirm", None)
+        return {**spec, "confirm": confirm} if confirm else spec
+    try:
+        text = machine.read(options.spec).decode() if options.spec else stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(
+            "bad-spec", step, f"{options.spec}: {error}", "give a readable file"
+        ) from None
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError):
+        # The text is not shown: it may hold a secret.
+        remedy = f"`hostctl {' '.join(options.words)} --help` shows a spec"
+        raise Failure("bad-spec", step, "it is not JSON", remedy) from None
+    if not isinstance(spec, dict):
+        raise Failure("bad-spec", step, "it is not a JSON object", "give an object")
+    return spec
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    stdin: TextIO | None = None,
+    machine: Machine | None = None,
+) -> int:
+    """Runs a verb and prints its result. Returns the exit code; raises nothing but SystemExit for
+    --help and --version."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    step = "hostctl " + " ".join(word for word in arguments if not word.startswith("-"))
+    try:
+        options = _parser().parse_args(arguments)
+        verb = VERBS[options.words]
+        here = machine or Machine()
+        if machine is None and threading.current_thread() is threading.main_thread():
+            # To be told to end is to be interrupted: children and locks are seen to.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        result = verb.run(here, _spec(here, verb, options, stdin or sys.stdin))
+        answer: dict[str, Any] = {"hostctl": HOSTCTL_VERSION, "ok": True, **result}
+        code = 0
+    except Failure as failure:
+        answer, code = _refusal(failure), EXIT_CODES[failure.code]
+    except OSError as error:
+        remedy = "run it as root (homelab:host.sudo); is the disk full or read-only?"
+        where = f"{error.filename}: " if error.filename else ""
+        failure = Failure(
+            "failed", step, f"{where}{error.strerror or type(error).__name__}", remedy
+        )
+        answer, code = _refusal(failure), EXIT_CODES["failed"]
+    except KeyboardInterrupt:
+        remedy = "run it again: what was begun is continued"
+        failure = Failure("failed", step, "interrupted", remedy)
+        answer, code = _refusal(failure), EXIT_CODES["failed"]
+    except Exception as error:
+        # Named by place and type: the message may hold a value of the spec.
+        place = error.__traceback__
+        while place and place.tb_next:
+            place = place.tb_next
+        line = place.tb_lineno if place else 0
+        cause = f"{type(error).__name__} in line {line} of hostctl {HOSTCTL_VERSION}"
+        failure = Failure("failed", step, cause, "this is a defect of hostctl; report this line")
+        answer, code = _refusal(failure), EXIT_CODES["failed"]
+    print(json.dumps(answer), flush=True)
+    return 0 if "--exit-zero" in arguments else code
+
+
+def _refusal(failure: Failure) -> dict[str, Any]:
+    error = {
+        "step": failure.step,
+        "cause": failure.cause,
+        "remedy": failure.remedy,
+        "code": failure.code,
+    }
+    return {"hostctl": HOSTCTL_VERSION, "ok": False, "error": error}

@@ -1,0 +1,573 @@
+"""Verbs: the cluster made with k3d."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hostctl.backup import back_up, utc
+from hostctl.cluster import (
+    Cluster,
+    find_network,
+    identity_of,
+    look,
+    network_of,
+    node_containers,
+    node_kubeconfig,
+    parse_json,
+    partial_failure,
+    refuse_docker_resolvers,
+    refuse_foreign,
+)
+from hostctl.files import next_certificate_generation
+from hostctl.live import (
+    RESOLVERS_IN_NODE,
+    STORAGE_IN_NODE,
+    differences,
+    how_to_recreate,
+    live_api,
+    live_facts,
+    may_recreate,
+    next_incarnation,
+    plain,
+    subnet_of,
+)
+from hostctl.machine import STATE_DIRECTORY, Machine, Ran, TookTooLong, ToolMissing
+from hostctl.protocol import Failure, Result, say
+from hostctl.record import cluster_lock, next_generation, read_record, write_record
+from hostctl.spec import (
+    CLUSTER_NAME,
+    CLUSTER_SPEC,
+    NAME_SPEC,
+    Value,
+    checked,
+    cluster_spec,
+    or_null,
+)
+from hostctl.tools import TOOLS, attempt, run_tool, tool_version
+from hostctl.waiting import (
+    present_cluster,
+    ready,
+    restart_container,
+    size_text,
+    wait_for_address,
+    wait_ready,
+)
+
+CREATE_LABEL = "homelab.create"
+
+
+def create(machine: Machine, spec: Mapping[str, Any]) -> None:
+    """Makes the cluster that is absent. The caller holds the lock and waits for it to be ready.
+
+    The record says that a create began, with the nonce that the nodes carry as a label: a run after
+    a kill goes on with exactly those (see `resume`); nothing is ever rolled back (incident 2).
+    """
+    name = spec["name"]
+    tool_version(machine, "k3d")
+    _refuse_listed(machine, name)
+    _refuse_wrong_network(machine, spec)
+    wait_for_address(machine, spec["api"]["bind"])
+    for bind, port in _published_ports(spec):
+        if not machine.port_is_free(bind, port):
+            raise Failure(
+                "refused",
+                f"creating cluster {name}",
+                f"port {port} on {bind} is in use",
+                f"see by what: ss --listening --tcp --processes 'sport = :{port}'; stop it or "
+                "choose another port",
+            )
+    directory = f"{STATE_DIRECTORY}/clusters/{name}"
+    machine.make_directory(directory, 0o755)
+    machine.make_directory(spec["storage_dir"], 0o755, "root", "root")
+    resolvers = "".join(f"nameserver {address}\n" for address in spec["resolvers"])
+    machine.write_atomic(f"{directory}/resolv.conf", resolvers.encode(), 0o644)
+    nonce = machine.nonce()
+    config = f"{directory}/k3d.yaml"
+    machine.write_atomic(config, json.dumps(k3d_config(spec, nonce), indent=1).encode(), 0o600)
+    write_record(machine, name, creating={"nonce": nonce, "at": utc(machine.now())})
+    say(f"creating cluster {name} from {spec['image']}")
+    argv = ["k3d", "cluster", "create", "--config", config, "--no-rollback"]
+    argv += ["--kubeconfig-update-default=false", "--kubeconfig-switch-context=false"]
+    _k3d(machine, argv, f"creating cluster {name}", spec["api_wait_seconds"])
+
+
+def _refuse_listed(machine: Machine, name: str) -> None:
+    """k3d must agree that the cluster is absent; a failed listing is no agreement (incident 3)."""
+    step = f"asking k3d whether cluster {name} exists"
+    ran = run_tool(machine, ["k3d", "cluster", "list", "--output", "json"], step, "cannot-tell")
+    if any(one.get("name") == name for one in parse_json(ran.out or b"[]", step) or []):
+        raise Failure(
+            "cannot-tell",
+            step,
+            "k3d lists it and Docker shows no node of it",
+            "do docker and k3d ask the same Docker (DOCKER_HOST)? compare `docker ps --all` and "
+            "`k3d cluster list`",
+        )
+
+
+def _refuse_wrong_network(machine: Machine, spec: Mapping[str, Any]) -> None:
+    name, subnet = spec["network"]["name"], spec["network"]["subnet"]
+    there = find_network(machine, name)
+    step = f"creating cluster {spec['name']}"
+    if spec["servers"] > 1:
+        # k3d gives nodes fixed addresses, which etcd needs, only on a network of its own making.
+        if there:
+            remedy = f"docker network rm {name}, if nothing uses it"
+            raise Failure("refused", step, f"Docker network {name} is there already", remedy)
+        return
+    gateway = str(ipaddress.ip_network(subnet)[1])
+    by_hand = f"docker network create --subnet {subnet} --gateway {gateway} {name}"
+    if there is None:
+        raise Failure(
+            "refused",
+            step,
+            f"Docker network {name} is not there",
+            f"pulumi up --refresh makes it; by hand: {by_hand}",
+        )
+    if subnet_of(there) != subnet:
+        raise Failure(
+            "refused",
+            step,
+            f"Docker network {name} has subnet {subnet_of(there)}, declared is {subnet}",
+            f"declare that subnet, or with nothing connected: docker network rm {name}; {by_hand}",
+        )
+
+
+def _published_ports(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
+    ports = [(spec["api"]["bind"], spec["api"]["port"])]
+    ports += [
+        (port["bind"], port["host_port"]) for port in spec["ports"] if port["protocol"] == "tcp"
+    ]
+    return ports
+
+
+def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
+    """The config file of k3d (k3d.io/v1alpha5). One server publishes its own ports: without a load
+    balancer there is one thing less that can start too early (incident 1)."""
+    single = spec["servers"] == 1
+    nodes = ["server:*"] + (["agent:*"] if spec["agents"] else [])
+    resolvers = f"{STATE_DIRECTORY}/clusters/{spec['name']}/resolv.conf"
+    mounts = [f"{spec['storage_dir']}:{STORAGE_IN_NODE}", f"{resolvers}:{RESOLVERS_IN_NODE}:ro"]
+    api = {"hostIP": spec["api"]["bind"], "hostPort": str(spec["api"]["port"])}
+    if spec["api"]["server_name"]:
+        api["host"] = spec["api"]["server_name"]
+    arguments = [
+        {"arg": f"--resolv-conf={RESOLVERS_IN_NODE}", "nodeFilters": nodes},
+        *(
+            {"arg": argument, "nodeFilters": ["server:*"]}
+            for argument in [f"--disable={part}" for part in spec["disable"]] + spec["k3s_args"]
+        ),
+    ]
+    return {
+        "apiVersion": "k3d.io/v1alpha5",
+        "kind": "Simple",
+        "metadata": {"name": spec["name"]},
+        "servers": spec["servers"],
+        "agents": spec["agents"],
+        "image": spec["image"],
+        **(
+            {"network": spec["network"]["name"]}
+            if single
+            else {"subnet": spec["network"]["subnet"]}
+        ),
+        "kubeAPI": api,
+        "volumes": [{"volume": mount, "nodeFilters": nodes} for mount in mounts],
+        "ports": [
+            {
+                "port": "{bind}:{host_port}:{container_port}/{protocol}".format(**port),
+                "nodeFilters": ["server:0:direct" if single else "loadbalancer"],
+            }
+            for port in spec["ports"]
+        ],
+        "options": {
+            "k3d": {"wait": True, "disableLoadbalancer": single},
+            "k3s": {"extraArgs": arguments},
+            "runtime": {
+                "labels": [{"label": f"{CREATE_LABEL}={nonce}", "nodeFilters": nodes}],
+            },
+        },
+    }
+
+
+def _k3d(machine: Machine, argv: Sequence[str], step: str, seconds: float) -> None:
+    def tick(waited: float) -> None:
+        say(f"{step}: {waited:.0f} s")
+
+    ran = attempt(machine, argv, step, timeout=float(seconds), tick=tick)
+    if ran.code:
+        # k3d logs to stdout and stderr alike.
+        said = Ran(ran.code, b"", ran.err or ran.out)
+        remedy = "see the cause and run up again: what was begun is kept and continued"
+        raise Failure("failed", step, _without_colour(said.complaint), remedy)
+
+
+def _without_colour(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def resume(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Cluster:
+    """Goes on with a create that was cut off, told by the nonce that the record and its nodes have.
+
+    Nodes that were created and never started lack what k3d writes into them before the first start,
+    so k3d starts them. Nothing is deleted except k3d's helper container, which holds no data and
+    keeps k3d from creating. A create of several nodes that was cut off before all were made cannot
+    be completed by k3d: that is reported as partial.
+    """
+    name = cluster.name
+    begun = read_record(machine, name).get("creating")
+    if not begun:
+        return cluster
+    if cluster.state == "absent":
+        helper = f"k3d-{name}-tools"
+        if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
+            step = f"removing k3d's helper {helper} of a create that was cut off"
+            run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
+        return cluster
+    ours = [node for node in cluster.nodes if node.labels.get(CREATE_LABEL) == begun["nonce"]]
+    if not ours:
+        return cluster
+    wanted = spec["servers"] + spec["agents"]
+    made = len(cluster.of("server", "agent"))
+    if made < wanted:
+        raise partial_failure(
+            name,
+            f"its create of {begun['at']} was cut off after {made} of {wanted} nodes; it was never "
+            "ready",
+            f"k3d cluster delete {name}; then run up again",
+        )
+    if any(node.status == "created" for node in cluster.nodes):
+        say(f"continuing the create of {name} that began at {begun['at']}")
+        argv = ["k3d", "cluster", "start", name]
+        _k3d(machine, argv, f"starting cluster {name}", spec["api_wait_seconds"])
+    return look(machine, name, spec["network"]["name"])
+
+
+def heal(machine: Machine, cluster: Cluster) -> bool:
+    """Starts what is stopped, servers first, and restarts the node whose API port is not published.
+    Returns whether there was anything to do."""
+    api = live_api(cluster)
+    down = [node.name for node in cluster.nodes if not node.running]
+    if down or not api["published"]:
+        wait_for_address(machine, api["bind"])
+    for name in down:
+        say(f"starting {name}")
+        run_tool(machine, ["docker", "start", name], f"starting {name}", "failed", timeout=300.0)
+    if not down and not api["published"]:
+        say(f"{cluster.api.name} does not publish the API: restarting it")
+        restart_container(machine, cluster.api.name)
+    return bool(down) or not api["published"]
+
+
+def stop(machine: Machine, cluster: Cluster) -> None:
+    """Stops all nodes, those that others need last."""
+    for node in reversed(cluster.nodes):
+        if node.running:
+            say(f"stopping {node.name}")
+            argv = ["docker", "stop", "-t", "60", node.name]
+            run_tool(machine, argv, f"stopping {node.name}", "failed", timeout=300.0)
+
+
+def delete(machine: Machine, name: str) -> None:
+    """Deletes a cluster that its caller has confirmed. The storage directory stays."""
+    tool_version(machine, "k3d")
+    say(f"deleting cluster {name}")
+    _k3d(machine, ["k3d", "cluster", "delete", name], f"deleting cluster {name}", 600)
+    left = node_containers(machine, name)
+    if left:
+        names = " ".join(facts["Name"].lstrip("/") for facts in left)
+        raise Failure(
+            "failed", f"deleting cluster {name}", f"{names} is left", f"docker rm --force {names}"
+        )
+    write_record(machine, name, creating=None)
+
+
+def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Looks at a cluster and changes nothing: state, live facts, differences from the settings."""
+    spec = cluster_spec(spec, "k3d inspect")
+    cluster = look(machine, spec["name"], spec["network"]["name"])
+    refuse_docker_resolvers(machine, spec)
+    return {"cluster": inspected(machine, spec, cluster)}
+
+
+def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Result:
+    """The result of `k3d inspect` about a cluster that was looked at."""
+    record = read_record(machine, spec["name"])
+    unseen: list[str] = []
+    live: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    credentials, identity, namespaces = None, None, None
+    if cluster.state == "absent":
+        tool_version(machine, "k3d")
+        unseen.append("namespaces and objects: the cluster does not exist")
+    else:
+        live = live_facts(machine, cluster, unseen)
+        found = differences(machine, spec, cluster, live)
+        credentials = node_kubeconfig(machine, cluster)
+        if credentials:
+            identity = identity_of(spec["name"], credentials)
+        else:
+            unseen.append("identity: the node has written no kubeconfig yet")
+        namespaces = _namespaces(machine, cluster, unseen)
+    fixed = [difference for difference in found if difference["fixed"]]
+    # A create that was cut off is not what was declared, however it looks.
+    agrees = cluster.state == "running" and not found and not record.get("creating")
+    renew = bool(fixed) and may_recreate(spec, fixed)
+    return {
+        "state": cluster.state,
+        "detail": cluster.detail,
+        "identity": identity,
+        "generation": next_generation(record, agrees),
+        "incarnation": next_incarnation(machine, record, cluster.state, identity, renew),
+        "certificate_generation": next_certificate_generation(
+            machine, record, cluster, credentials
+        ),
+        "differences": found,
+        "live": live,
+        "namespaces": namespaces,
+        "unseen": unseen,
+    }
+
+
+def _namespaces(machine: Machine, cluster: Cluster, unseen: list[str]) -> list[str] | None:
+    if cluster.state != "running":
+        unseen.append("namespaces and objects: the cluster is stopped")
+        return None
+    argv = ["docker", "exec", cluster.first.name, "kubectl", "get", "namespaces", "--output=name"]
+    try:
+        ran = machine.run(argv)
+    except (ToolMissing, TookTooLong):
+        ran = Ran(1, b"", b"no answer in time")
+    if ran.code:
+        unseen.append(f"namespaces and objects: the API does not answer ({ran.complaint[:200]})")
+        return None
+    return sorted(line.split("/", 1)[1] for line in ran.text.split() if "/" in line)
+
+
+def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Makes the cluster be there, running and reachable: creates, starts or heals it. Safe at any
+    time, twice at once and after a kill; deletes nothing, except for a confirmed recreate."""
+    spec = cluster_spec(spec, "k3d ensure")
+    name = spec["name"]
+    with cluster_lock(machine, name):
+        cluster = look(machine, name, spec["network"]["name"])
+        cluster = resume(machine, spec, cluster)
+        fixed = _fixed_differences(machine, spec, cluster)
+        if fixed and not may_recreate(spec, fixed):
+            raise Failure(
+                "refused",
+                f"ensuring cluster {name}",
+                "fixed when it was created: "
+                + "; ".join(
+                    f"{one['key']} is {plain(one['live'])}, declared {plain(one['declared'])}"
+                    for one in fixed
+                ),
+                f"declare the live values to keep the cluster; or {how_to_recreate(name, fixed)}",
+            )
+        if fixed or cluster.state == "absent":
+            refuse_docker_resolvers(machine, spec)
+        if fixed:
+            stop(machine, cluster)
+            backup = back_up(machine, cluster)
+            say(f"the backup in {backup} is verified")
+            write_record(machine, name, backup=backup)
+            delete(machine, name)
+            cluster = look(machine, name, spec["network"]["name"])
+        if cluster.state == "absent":
+            create(machine, spec)
+            changed = True
+        else:
+            changed = heal(machine, cluster)
+        if changed:
+            cluster = look(machine, name, spec["network"]["name"])
+        if cluster.state == "absent":
+            raise Failure(
+                "failed",
+                f"ensuring cluster {name}",
+                "k3d reported success and Docker shows no node of it",
+                "do k3d and docker ask the same Docker (DOCKER_HOST)? was it deleted meanwhile?",
+            )
+        return {"cluster": _settle(machine, spec, cluster)}
+
+
+def _fixed_differences(
+    machine: Machine, spec: Mapping[str, Any], cluster: Cluster
+) -> list[dict[str, Any]]:
+    if cluster.state == "absent":
+        return []
+    live = live_facts(machine, cluster, [])
+    return [one for one in differences(machine, spec, cluster, live) if one["fixed"]]
+
+
+def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Result:
+    """Waits for the cluster, records what was done, and returns what is known of it."""
+    name = spec["name"]
+    cluster, credentials = wait_ready(machine, spec, cluster)
+    live = live_facts(machine, cluster, [])
+    if not live["api"]["published"]:
+        raise Failure(
+            "failed",
+            f"ensuring cluster {name}",
+            f"{cluster.api.name} runs and does not publish its API port",
+            f"docker port {cluster.api.name}; docker restart {cluster.api.name}",
+        )
+    identity = identity_of(name, credentials)
+    given = {key: spec[key] for key in ("generation", "incarnation") if spec[key] is not None}
+    applied = {
+        key: spec[key]
+        for key in CLUSTER_SPEC
+        if key not in ("generation", "incarnation", "recreate", "confirm")
+    }
+    record = read_record(machine, name)
+    bootstrapped = record.get("argocd") if record.get("identity") == identity else None
+    changes = {
+        **given,
+        "identity": identity,
+        "applied": applied,
+        "creating": None,
+        "argocd": bootstrapped,
+    }
+    if any(record.get(key) != value for key, value in changes.items()):
+        write_record(machine, name, **changes)
+    version = live["k3s_version"] or _asked_version(machine, cluster)
+    return {
+        "name": name,
+        "identity": identity,
+        "k3s_version": version,
+        "created_at": live["created_at"],
+        "endpoint": f"https://{live['api']['bind']}:{live['api']['port']}",
+        "image": live["image"],
+        "network": live["network"],
+        "storage_dir": live["storage_dir"],
+        "nodes": sorted(live["nodes"]),
+    }
+
+
+def _asked_version(machine: Machine, cluster: Cluster) -> str | None:
+    argv = ["docker", "exec", cluster.first.name, "k3s", "--version"]
+    ran = attempt(machine, argv, "asking k3s for its version")
+    found = re.search(r"v\d+\.\d+\.\d+\S*", ran.text)
+    return found.group(0) if found else None
+
+
+def k3d_start(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Starts a stopped cluster and waits for its API."""
+    name = checked(spec, NAME_SPEC, "k3d start")["name"]
+    with cluster_lock(machine, name):
+        cluster = present_cluster(machine, name, "starting")
+        started = heal(machine, cluster)
+        applied = read_record(machine, name).get("applied") or {}
+        seconds = applied.get("api_wait_seconds", 1800)
+        network = {"name": network_of(cluster.nodes)}
+        wanted = {"name": name, "api_wait_seconds": seconds, "network": network}
+        wait_ready(machine, wanted, look(machine, name) if started else cluster)
+    return {"started": started}
+
+
+def k3d_stop(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Stops a cluster. Nothing is lost; `k3d start` or the next up starts it."""
+    name = checked(spec, NAME_SPEC, "k3d stop")["name"]
+    with cluster_lock(machine, name):
+        cluster = present_cluster(machine, name, "stopping")
+        stop(machine, cluster)
+    return {"stopped": any(node.running for node in cluster.nodes)}
+
+
+def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Deletes the cluster whose name is confirmed. One that is absent is fine; the storage
+    directory stays (incident 10)."""
+    # The spec is the one of a stored ensure, perhaps of another version: only two keys count.
+    wanted = {key: spec[key] for key in ("name", "confirm") if key in spec}
+    shape = {"name": Value(CLUSTER_NAME), "confirm": Value(or_null(CLUSTER_NAME), None)}
+    given = checked(wanted, shape, "k3d delete")
+    name = given["name"]
+    with cluster_lock(machine, name):
+        if not node_containers(machine, name):
+            return {"deleted": False}
+        if given["confirm"] != name:
+            raise Failure(
+                "refused",
+                f"deleting cluster {name}",
+                "its name is not confirmed",
+                f"set cluster.delete to {name} and run up, then destroy; by hand: "
+                f"hostctl k3d delete {name} --confirm {name}",
+            )
+        refuse_foreign(name, node_containers(machine, name))
+        delete(machine, name)
+    return {"deleted": True}
+
+
+def k3d_identity(machine: Machine, spec: dict[str, Any]) -> Result:
+    """The identity of a cluster: its name and a digest of its CA certificate."""
+    name = checked(spec, NAME_SPEC, "k3d identity")["name"]
+    cluster = present_cluster(machine, name, "identifying")
+    credentials = node_kubeconfig(machine, cluster)
+    if credentials is None:
+        raise Failure(
+            "cannot-tell",
+            f"identifying cluster {name}",
+            f"{cluster.first.name} has written no kubeconfig yet",
+            f"hostctl k3d start {name}",
+        )
+    return {"identity": identity_of(name, credentials)}
+
+
+def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:
+    """All that is wrong or missing on the host for this cluster, at once, each with its remedy."""
+    spec = cluster_spec(spec, "k3d doctor")
+    findings: list[dict[str, str]] = []
+
+    def find(severity: str, what: str, remedy: str) -> None:
+        findings.append({"severity": severity, "what": what, "remedy": remedy})
+
+    for tool in TOOLS:
+        try:
+            tool_version(machine, tool)
+        except Failure as failure:
+            find("error", f"{failure.step}: {failure.cause}", failure.remedy)
+    cluster = None
+    try:
+        cluster = look(machine, spec["name"], spec["network"]["name"])
+    except Failure as failure:
+        find("error", f"{failure.step}: {failure.cause}", failure.remedy)
+    try:
+        refuse_docker_resolvers(machine, spec)
+    except Failure as failure:
+        if failure.code == "refused":
+            find("error", failure.cause, failure.remedy)
+    bind = spec["api"]["bind"]
+    if not machine.has_address(bind):
+        find("error", f"no interface has {bind}", "bring it up: ip address show")
+    storage = machine.stat(spec["storage_dir"])
+    if storage and storage.kind != "directory":
+        find("error", f"{spec['storage_dir']} is no directory", "move it away")
+    elif machine.free_bytes(spec["storage_dir"]) < 5 * 2**30:
+        room = size_text(machine.free_bytes(spec["storage_dir"]))
+        find("warning", f"{spec['storage_dir']} has {room} left", "make room there")
+    if cluster and cluster.state == "absent":
+        for address, port in _published_ports(spec):
+            if machine.has_address(address) and not machine.port_is_free(address, port):
+                find("error", f"port {port} on {address} is in use", "stop what listens there")
+        if spec["servers"] == 1 and cluster.network is None:
+            find(
+                "info", f"Docker network {spec['network']['name']} is missing", "pulumi up makes it"
+            )
+    elif cluster:
+        for one in inspected(machine, spec, cluster)["differences"]:
+            severity = "error" if one["fixed"] else "warning"
+            what = f"{one['key']} is {plain(one['live'])}, declared {plain(one['declared'])}"
+            find(severity, what, one["remedy"])
+        credentials, why = ready(machine, cluster)
+        if not credentials:
+            find("error", why, f"docker logs --tail 50 {cluster.first.name}")
+        if cluster.of("loadbalancer") and spec["servers"] == 1:
+            find(
+                "warning",
+                "a load balancer stands before the only server; it can start before the bind "
+                "address is there (incident 1)",
+                "a recreate makes the cluster without one",
+            )
+    return {"findings": findings}

@@ -1,0 +1,421 @@
+"""The machine that hostctl runs on: its only contact with processes, files, ports and time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import grp
+import hashlib
+import os
+import pwd
+import secrets
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from hostctl.protocol import Failure, say
+
+STATE_DIRECTORY = "/var/lib/homelab"
+QUERY_SECONDS = 30.0
+PROGRESS_SECONDS = 5.0
+LOCK_SECONDS = 3600.0
+FILE_BYTES = 1024 * 1024
+
+
+class Ran(NamedTuple):
+    """A finished process: its exit status and what it wrote, cut at a limit."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+    @property
+    def text(self) -> str:
+        return self.out.decode("utf-8", "replace")
+
+    @property
+    def complaint(self) -> str:
+        """What a person needs of the error output: its last lines, bounded."""
+        lines = self.err.decode("utf-8", "replace").strip().splitlines()
+        said = " / ".join(line.strip() for line in lines[-4:])
+        return said[-600:] or f"exit status {self.code} and no message"
+
+
+class Stat(NamedTuple):
+    """Facts of a file. ``owner`` and ``group`` are names, or numbers that have none."""
+
+    kind: str
+    mode: int
+    owner: str
+    group: str
+    modified: float
+
+
+class ToolMissing(Exception):
+    """The program is not on PATH."""
+
+
+class TookTooLong(Exception):
+    """The process was ended at its time limit."""
+
+
+class Machine:
+    """All contact with the host. A rehearsal puts a make-believe one in its place."""
+
+    def __init__(self) -> None:
+        self._locks: list[int] = []
+
+    # Processes
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        timeout: float = QUERY_SECONDS,
+        tick: Callable[[float], None] | None = None,
+        to_file: str | None = None,
+        limit: int = 32 * 1024 * 1024,
+        ends_with_us: bool = False,
+    ) -> Ran:
+        """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
+
+        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
+        session, so that an interrupt here does not cut it off half-way, and inherits the host's
+        locks, so that nobody else starts while a child of a killed hostctl still works.
+        ``ends_with_us`` is for one that only copies: it and its children end when hostctl is told
+        to end, and give the locks back.
+        """
+        sink = open(to_file, "xb", opener=_private) if to_file else None  # noqa: SIM115
+        try:
+            child = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.PIPE,
+                stdout=sink or subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "LC_ALL": "C", **(env or {})},
+                start_new_session=True,
+                pass_fds=self._locks,
+            )
+        except FileNotFoundError:
+            raise ToolMissing(argv[0]) from None
+        finally:
+            if sink:
+                sink.close()
+        kept = {"out": bytearray(), "err": bytearray()}
+
+        def drain(name: str, stream: Any) -> None:
+            with stream:
+                for piece in iter(lambda: stream.read1(65536), b""):
+                    kept[name] += piece[: max(0, limit - len(kept[name]))]
+
+        def feed(stream: Any) -> None:
+            with contextlib.suppress(BrokenPipeError), stream:
+                stream.write(input)
+
+        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+            (feed, (child.stdin,)),
+            (drain, ("err", child.stderr)),
+        ]
+        if child.stdout:
+            work.append((drain, ("out", child.stdout)))
+        workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]
+        try:
+            for worker in workers:
+                worker.start()
+            started = time.monotonic()
+            while not _ended(child, workers, min(PROGRESS_SECONDS, timeout)):
+                waited = time.monotonic() - started
+                if waited >= timeout:
+                    raise TookTooLong(argv[0])
+                if tick:
+                    tick(waited)
+        except BaseException as ending:
+            if ends_with_us or isinstance(ending, TookTooLong):
+                _kill(child)
+            raise
+        return Ran(child.returncode, bytes(kept["out"]), bytes(kept["err"]))
+
+    # Files
+
+    def read(self, path: str, limit: int = FILE_BYTES) -> bytes:
+        """The content of a regular file. Raises OSError, also for one above the limit."""
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("not a regular file")
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise OSError(f"larger than {limit} bytes")
+        return content
+
+    def write_atomic(
+        self,
+        path: str,
+        content: bytes,
+        mode: int,
+        owner: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        """Writes a file whole or not at all, never readable by more than in the end."""
+        directory = os.path.dirname(path)
+        descriptor, aside = tempfile.mkstemp(dir=directory, prefix=".hostctl-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchown(file.fileno(), *self._ids(owner, group))
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+            raise
+        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(held)
+        finally:
+            os.close(held)
+
+    def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
+        """Gives a file or directory its mode and owner. Raises OSError, also for a link: one may
+        have been put there since the path was looked at."""
+        # Without waiting for the other end of a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            os.fchown(descriptor, *self._ids(owner, group))
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+
+    def make_directory(
+        self, path: str, mode: int, owner: str | None = None, group: str | None = None
+    ) -> None:
+        """Makes a directory and its parents (0755). One that exists is left as it is; one that is
+        made has its mode and owner before its name."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        self.make_directory(parent, 0o755)
+        aside = tempfile.mkdtemp(dir=parent, prefix=".hostctl-")
+        try:
+            self.set_access(aside, mode, owner, group)
+            os.rename(aside, path)
+        except BaseException as failure:
+            os.rmdir(aside)
+            if not (isinstance(failure, OSError) and os.path.isdir(path)):
+                raise
+
+    def exists(self, path: str) -> bool:
+        return self.stat(path) is not None
+
+    def stat(self, path: str) -> Stat | None:
+        """Facts of a file, links followed; None when there is none. Raises OSError."""
+        try:
+            seen = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        kind = "directory" if stat.S_ISDIR(seen.st_mode) else "file"
+        owner, group = str(seen.st_uid), str(seen.st_gid)
+        with contextlib.suppress(KeyError):
+            owner = pwd.getpwuid(seen.st_uid).pw_name
+        with contextlib.suppress(KeyError):
+            group = grp.getgrgid(seen.st_gid).gr_name
+        return Stat(kind, stat.S_IMODE(seen.st_mode), owner, group, seen.st_mtime)
+
+    def missing_account(self, owner: str | None, group: str | None) -> str | None:
+        """The user or group that this host does not have, in words."""
+        try:
+            self._ids(owner, group)
+        except LookupError as missing:
+            return str(missing.args[0])
+        return None
+
+    def _ids(self, owner: str | None, group: str | None) -> tuple[int, int]:
+        user, members = -1, -1
+        try:
+            if owner is not None:
+                user = int(owner) if owner.isdigit() else pwd.getpwnam(owner).pw_uid
+        except KeyError:
+            raise LookupError(f"user {owner}") from None
+        try:
+            if group is not None:
+                members = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise LookupError(f"group {group}") from None
+        return user, members
+
+    def free_bytes(self, path: str) -> int:
+        """Room for root on the file system that holds the path or its nearest existing parent."""
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        seen = os.statvfs(path)
+        return seen.f_bavail * seen.f_frsize
+
+    def tree_bytes(self, path: str) -> int:
+        """The sizes of all files below a directory. Raises OSError for what cannot be read."""
+
+        def fail(error: OSError) -> NoReturn:
+            raise error
+
+        total = 0
+        for directory, _, names in os.walk(path, onerror=fail):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(directory, name)).st_size
+        return total
+
+    def checksum(self, path: str) -> str:
+        """The sha256 of a file of any size."""
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(1024 * 1024), b""):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Holds a lock of the host. Two hostctl on one thing take turns."""
+        directory = f"{STATE_DIRECTORY}/locks"
+        self.make_directory(directory, 0o755)
+        descriptor = os.open(
+            f"{directory}/{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            _take_lock(self, descriptor, name)
+            self._locks.append(descriptor)
+            try:
+                yield
+            finally:
+                self._locks.remove(descriptor)
+        finally:
+            os.close(descriptor)
+
+    # Time and identity
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def nonce(self) -> str:
+        """16 hex digits that no other call gave."""
+        return secrets.token_hex(8)
+
+    def machine_id(self) -> str:
+        """What tells this installation of an operating system from every other (machine-id(5))."""
+        for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+            with contextlib.suppress(OSError):
+                content = self.read(path).decode("ascii", "replace").strip()
+                if content:
+                    return content
+        return socket.gethostname()
+
+    # Network
+
+    def has_address(self, address: str) -> bool:
+        """Whether a port can be bound to the address now."""
+        with contextlib.closing(_socket(address)) as probe:
+            try:
+                probe.bind((address, 0))
+            except OSError:
+                return False
+        return True
+
+    def port_is_free(self, address: str, port: int) -> bool:
+        with contextlib.closing(_socket(address)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError:
+                return False
+        return True
+
+    def connect(self, address: str, port: int, ca: str) -> str | None:
+        """Why no TLS connection to a server of this CA (PEM) is had; None when it is."""
+        context = ssl.create_default_context(cadata=ca)
+        context.check_hostname = False
+        # Python 3.13 demands extensions that the certificates of k3s do not have.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        try:
+            with socket.create_connection((address, port), 5) as plain, context.wrap_socket(plain):
+                return None
+        except OSError as error:
+            return str(error)
+
+    def bytes_read(self, pids: Iterable[int]) -> int | None:
+        """What the processes and their threads have read so far; None when that cannot be seen."""
+        total, seen = 0, False
+        for pid in pids:
+            with contextlib.suppress(OSError, ValueError):
+                content = self.read(f"/proc/{pid}/io").decode("ascii")
+                total += int(content.split("rchar:")[1].split()[0])
+                seen = True
+        return total if seen else None
+
+    def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
+        """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _kill(child: Any) -> None:
+    """Ends a process and those that it started, and waits until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> bool:
+    """Whether the child is done after at most so many seconds. The end of its output tells, since a
+    wait for the process itself would poll; a daemon that it left behind may keep that open."""
+    until = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(max(0.0, until - time.monotonic()))
+        return True
+    return False
+
+
+def _socket(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM)
+
+
+def _take_lock(machine: Machine, descriptor: int, name: str) -> None:
+    waited = 0.0
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        if waited >= LOCK_SECONDS:
+            raise Failure(
+                "timed-out",
+                f"lock {name}",
+                f"another hostctl holds it for more than {LOCK_SECONDS:.0f} s",
+                f"see what it does: fuser -v {STATE_DIRECTORY}/locks/{name}.lock",
+            )
+        if waited % 15 == 0:
+            say(f"another hostctl is at work on {name}: waiting for its lock, {waited:.0f} s")
+        machine.sleep(1)
+        waited += 1
+
+
+"""How long a question to a tool may take before the answer is: cannot tell."""
+"""The largest file that is read; the API server takes no Secret above 1 MiB."""

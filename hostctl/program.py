@@ -1,0 +1,62 @@
+"""hostctl as it is shipped: its modules joined into the text of one program.
+
+A host gets one file that runs with nothing beside it and reads from top to bottom. The names of all
+modules share that file, so each is defined once, private ones too.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+# In the order in which they need each other.
+MODULES = (
+    "protocol",
+    "machine",
+    "spec",
+    "tools",
+    "record",
+    "cluster",
+    "live",
+    "waiting",
+    "backup",
+    "files",
+    "k3d",
+    "workloads",
+    "argocd",
+    "cli",
+)
+_HEAD = re.compile(
+    r'"""(?P<title>.*?)"""\n(?P<imports>(?:\n|(?:import|from) [^\n(]*\n|from [^\n(]*\([^)]*\)\n)*)',
+    re.DOTALL,
+)
+_OWN = re.compile(r"from hostctl\.\w+ import (?:\([^)]*\)|[^\n(]*)\n")
+_STANDARD = re.compile(r"(?:import|from) [^\n(]*\n")
+
+
+@cache
+def text() -> str:
+    """The program: `python3 hostctl.py VERB...`, and what the host is given to run."""
+    introduction = (_HERE / "__init__.py").read_text(encoding="utf-8")
+    imports: set[str] = set()
+    parts = []
+    for module in MODULES:
+        source = (_HERE / f"{module}.py").read_text(encoding="utf-8")
+        head = _HEAD.match(source)
+        if not head:
+            raise ValueError(f"hostctl/{module}.py begins with no docstring and imports")
+        imports.update(_STANDARD.findall(_OWN.sub("", head["imports"])))
+        parts.append(f"# {head['title']}\n\n{source[head.end() :].strip()}\n")
+    imports.discard("from __future__ import annotations\n")
+    return "\n\n".join(
+        [
+            f"#!/usr/bin/env python3\n{introduction}\nfrom __future__ import annotations\n\n"
+            + "".join(sorted(imports, key=lambda line: (line.startswith("from"), line))),
+            *parts,
+            'if __name__ == "__main__":\n    sys.exit(main())\n',
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(text(), end="")

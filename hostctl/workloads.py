@@ -1,0 +1,314 @@
+"""Verbs: Secrets, rollouts, connectors and owners in the cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hostctl.cluster import parse_json
+from hostctl.machine import PROGRESS_SECONDS, STATE_DIRECTORY, Machine, Ran
+from hostctl.protocol import Failure, Result, say
+from hostctl.spec import (
+    CLUSTER_NAME,
+    DNS_LABEL,
+    KIND,
+    OBJECT_NAME,
+    SECRET_TYPES,
+    Value,
+    absolute_path,
+    base64_map,
+    checked,
+    one_of,
+    or_null,
+    text_map,
+)
+from hostctl.tools import attempt
+
+FIELD_MANAGER = "homelab"
+
+
+def run_kubectl(
+    machine: Machine,
+    kubeconfig_path: str,
+    arguments: Sequence[str],
+    step: str,
+    *,
+    input: bytes = b"",
+    timeout: float = 60.0,
+) -> Ran:
+    """Runs kubectl against the cluster of a kubeconfig, which must exist: kubectl would take
+    another one without a word."""
+    if not machine.exists(kubeconfig_path):
+        raise Failure(
+            "cannot-tell",
+            step,
+            f"kubeconfig {kubeconfig_path} is not there",
+            "`hostctl kubeconfig NAME`, or pulumi up, writes it",
+        )
+    argv = ["kubectl", f"--kubeconfig={kubeconfig_path}", "--request-timeout=30s", *arguments]
+    ran = attempt(machine, argv, step, input=input, timeout=timeout)
+    if ran.code and _UNREACHABLE.search(ran.err.decode("utf-8", "replace")):
+        raise Failure(
+            "cannot-tell",
+            step,
+            f"the API server does not answer: {ran.complaint[:300]}",
+            "hostctl k3d start NAME; hostctl k3d doctor NAME",
+        )
+    return ran
+
+
+_UNREACHABLE = re.compile(
+    r"Unable to connect to the server|connection refused|was refused - did you specify|i/o timeout"
+    r"|context deadline exceeded|no route to host|TLS handshake timeout|ServiceUnavailable"
+    r"|certificate signed by unknown authority|net/http: request canceled"
+)
+_NO_NODE = re.compile(r"No such container|is not running")
+SEED_SPEC: dict[str, Any] = {
+    "kubeconfig": Value(absolute_path),
+    "namespace": Value(DNS_LABEL),
+    "name": Value(OBJECT_NAME),
+    "type": Value(one_of(*SECRET_TYPES), "Opaque"),
+    "data": Value(base64_map, secret=True),
+    "labels": Value(text_map, {}),
+}
+
+
+def secret_seed(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Creates a Secret that is absent and never writes to one that exists (incident 8)."""
+    wanted = checked(spec, SEED_SPEC, "secret seed")
+    name, namespace = wanted["name"], wanted["namespace"]
+    step = f"seeding Secret {namespace}/{name}"
+    manifest = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": namespace, "labels": wanted["labels"]},
+        "type": wanted["type"],
+        "data": wanted["data"],
+    }
+    # `create` and not `apply`: the API server itself refuses to write to one that exists.
+    arguments = ["create", f"--field-manager={FIELD_MANAGER}", "--filename=-", "--output=name"]
+    ran = run_kubectl(
+        machine, wanted["kubeconfig"], arguments, step, input=json.dumps(manifest).encode()
+    )
+    if ran.code == 0:
+        return {"created": True}
+    said = ran.err.decode("utf-8", "replace")
+    if "(AlreadyExists)" in said:
+        return {"created": False}
+    # Only the server's status: kubectl's other messages may quote what it was given.
+    reason = re.search(r"Error from server \((\w+)\)", said)
+    remedies = {"NotFound": f"declare namespace {namespace} under homelab:namespaces"}
+    raise Failure(
+        "failed",
+        step,
+        f"the API server answered {reason.group(1)}" if reason else "kubectl refused it",
+        remedies.get(reason.group(1) if reason else "", "check the Secret's type and keys"),
+    )
+
+
+ROLLOUT_SPEC: dict[str, Any] = {
+    "kubeconfig": Value(absolute_path),
+    "namespace": Value(DNS_LABEL),
+    "secrets": Value(text_map, secret=True),
+}
+_WORKLOADS = "deployments.apps,statefulsets.apps,daemonsets.apps"
+
+
+def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Restarts the workloads of a namespace that use a Secret whose digest is another than when
+    they were last seen. One never seen has started with what the last run saw; the first run of
+    all restarts nothing.
+
+    What was seen is kept on the host and not in annotations: whoever may read a workload could
+    guess a short value from its digest.
+    """
+    wanted = checked(spec, ROLLOUT_SPEC, "rollout")
+    namespace, path = wanted["namespace"], wanted["kubeconfig"]
+    step = f"rolling out changed Secrets in namespace {namespace}"
+    rolled = []
+    arguments = ["get", _WORKLOADS, f"--namespace={namespace}", "--output=json"]
+    listed = run_kubectl(machine, path, arguments, step)
+    if listed.code:
+        raise Failure("failed", step, listed.complaint, _doctor_remedy())
+    with machine.lock(f"rollout-{namespace}"):
+        ledger = f"{STATE_DIRECTORY}/rollouts/{_cluster_of(machine, path)}/{namespace}.json"
+        key, last, seen = _read_ledger(machine, ledger)
+        keyed = {
+            name: hmac.new(key.encode(), digest.encode(), "sha256").hexdigest()
+            for name, digest in wanted["secrets"].items()
+        }
+        for workload in parse_json(listed.out, step)["items"]:
+            used = secrets_of(workload["spec"]["template"]["spec"])
+            digests = {name: digest for name, digest in keyed.items() if name in used}
+            # The uid, since a workload made anew has read the new value.
+            identity = workload["metadata"]["uid"]
+            before = {**last, **seen.get(identity, {})}
+            title = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
+            if any(before.get(name, digest) != digest for name, digest in digests.items()):
+                say(f"{title} in {namespace} uses a changed Secret: restarting it")
+                restart = ["rollout", "restart", title, f"--namespace={namespace}"]
+                ran = run_kubectl(machine, path, restart, step)
+                if ran.code:
+                    raise Failure("failed", step, ran.complaint, _doctor_remedy())
+                rolled.append(title)
+            if seen.get(identity, {}) != digests:
+                seen[identity] = digests
+                _write_ledger(machine, ledger, key, last, seen)
+        if last != keyed:
+            _write_ledger(machine, ledger, key, keyed, seen)
+    return {"rolled": rolled}
+
+
+def _doctor_remedy() -> str:
+    return "see the cause; hostctl k3d doctor NAME shows whether the cluster is well"
+
+
+def secrets_of(pod: Mapping[str, Any]) -> set[str]:
+    """The names of the Secrets whose values a pod reads: volumes and environment. Not those for
+    pulling images, which a running pod has no more use for."""
+    names = set()
+    for volume in pod.get("volumes") or []:
+        names.add((volume.get("secret") or {}).get("secretName"))
+        for source in (volume.get("projected") or {}).get("sources") or []:
+            names.add((source.get("secret") or {}).get("name"))
+    for container in (pod.get("containers") or []) + (pod.get("initContainers") or []):
+        for source in container.get("envFrom") or []:
+            names.add((source.get("secretRef") or {}).get("name"))
+        for variable in container.get("env") or []:
+            source = variable.get("valueFrom") or {}
+            names.add((source.get("secretKeyRef") or {}).get("name"))
+    return {name for name in names if name}
+
+
+def _cluster_of(machine: Machine, kubeconfig_path: str) -> str:
+    """16 hex digits that tell the kubeconfig's cluster from others."""
+    text = machine.read(kubeconfig_path).decode("utf-8", "replace")
+    found = re.search(r"certificate-authority-data:\s*(\S+)", text)
+    return hashlib.sha256((found.group(1) if found else text).encode()).hexdigest()[:16]
+
+
+def _read_ledger(
+    machine: Machine, path: str
+) -> tuple[str, dict[str, str], dict[str, dict[str, str]]]:
+    """The key of the digests, those of the last whole run, and those that each workload has."""
+    try:
+        ledger = json.loads(machine.read(path))
+        return ledger["key"], ledger["last"], ledger["seen"]
+    except (FileNotFoundError, ValueError, KeyError):
+        # Without what was seen, everything is seen for the first time.
+        return machine.nonce() + machine.nonce(), {}, {}
+
+
+def _write_ledger(
+    machine: Machine, path: str, key: str, last: Mapping[str, str], seen: Mapping[str, Any]
+) -> None:
+    machine.make_directory(os.path.dirname(path), 0o700)
+    content = json.dumps({"key": key, "last": last, "seen": seen}, sort_keys=True).encode()
+    machine.write_atomic(path, content, 0o600)
+
+
+CONNECTOR_SPEC: dict[str, Any] = {
+    "kubeconfig": Value(absolute_path),
+    "namespace": Value(DNS_LABEL),
+    "deployment": Value(OBJECT_NAME),
+}
+
+
+def connector_status(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Says how many pods of a tunnel's connector are ready; what is absent has none."""
+    wanted = checked(spec, CONNECTOR_SPEC, "connector status")
+    found, detail = _connector(machine, wanted, f"looking at {_connector_name(wanted)}")
+    return {"ready": (found.get("status") or {}).get("readyReplicas", 0), "detail": detail}
+
+
+def connector_stop(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Stops a tunnel's connectors before the tunnel is deleted, which fails while one is connected.
+    An absent cluster or Deployment has none."""
+    wanted = checked(spec, CONNECTOR_SPEC, "connector stop")
+    step, path = f"stopping {_connector_name(wanted)}", wanted["kubeconfig"]
+    found, detail = _connector(machine, wanted, step)
+    if not found:
+        return {"stopped": False, "detail": detail}
+    title = f"deployments.apps/{wanted['deployment']}"
+    namespace = f"--namespace={wanted['namespace']}"
+    scaled = run_kubectl(machine, path, ["scale", title, namespace, "--replicas=0"], step)
+    if scaled.code:
+        raise Failure("failed", step, scaled.complaint, _doctor_remedy())
+    for _ in range(24):
+        found, _detail = _connector(machine, wanted, step)
+        if not (found.get("status") or {}).get("replicas"):
+            return {"stopped": True, "detail": "scaled to 0"}
+        say(f"{step}: waiting for its pods to end")
+        machine.sleep(PROGRESS_SECONDS)
+    raise Failure("timed-out", step, "its pods have not ended in 120 s", "kubectl get pods")
+
+
+def _connector_name(wanted: Mapping[str, Any]) -> str:
+    return f"{wanted['namespace']}/{wanted['deployment']}"
+
+
+def _connector(
+    machine: Machine, wanted: Mapping[str, Any], step: str
+) -> tuple[dict[str, Any], str]:
+    """The connector's Deployment, empty where there is none, and why."""
+    title = f"deployments.apps/{wanted['deployment']}"
+    get = ["get", title, f"--namespace={wanted['namespace']}", "--ignore-not-found"]
+    try:
+        seen = run_kubectl(machine, wanted["kubeconfig"], [*get, "--output=json"], step)
+    except Failure as failure:
+        if failure.code != "cannot-tell":
+            raise
+        # Whoever cannot be reached here holds no connection to Cloudflare from here either.
+        return {}, failure.cause
+    if seen.code and "(NotFound)" not in seen.complaint:
+        raise Failure("failed", step, seen.complaint, _doctor_remedy())
+    if seen.code or not seen.out.strip():
+        return {}, "there is no such Deployment"
+    return parse_json(seen.out, step), "it exists"
+
+
+OWNER_SPEC: dict[str, Any] = {
+    "cluster": Value(CLUSTER_NAME),
+    "namespace": Value(or_null(DNS_LABEL), None),
+    "kind": Value(KIND),
+    "name": Value(OBJECT_NAME),
+}
+
+
+def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Who owns an object: its field managers, and the ArgoCD Application that tracks it (one-owner
+    rule). ``exists`` is null when it cannot be told.
+
+    Asked in the node: the kubeconfig on the host may be missing, or that of a cluster that is gone,
+    and the run that asks is the one that writes it anew.
+    """
+    wanted = checked(spec, OWNER_SPEC, "cluster owner")
+    step = f"looking for {wanted['kind']} {wanted['name']}"
+    arguments = ["get", f"{wanted['kind']}/{wanted['name']}", "--ignore-not-found"]
+    arguments += ["--show-managed-fields", "--output=json"]
+    if wanted["namespace"]:
+        arguments.append(f"--namespace={wanted['namespace']}")
+    nobody: Result = {"managers": [], "argocd": None}
+    server = f"k3d-{wanted['cluster']}-server-0"
+    seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+    if seen.code:
+        if _UNREACHABLE.search(seen.complaint) or _NO_NODE.search(seen.complaint):
+            return {"exists": None, **nobody, "detail": seen.complaint}
+        if "the server doesn't have a resource type" in seen.complaint:
+            return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}
+        raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
+    if not seen.out.strip():
+        return {"exists": False, **nobody, "detail": "there is no such object"}
+    metadata = parse_json(seen.out, step)["metadata"]
+    managers = sorted({entry["manager"] for entry in metadata.get("managedFields") or []})
+    tracking = (metadata.get("annotations") or {}).get("argocd.argoproj.io/tracking-id", "")
+    application = tracking.split(":")[0] or None
+    if application is None and any(manager.startswith("argocd") for manager in managers):
+        # The older way of tracking, by a label that others use too.
+        application = (metadata.get("labels") or {}).get("app.kubernetes.io/instance")
+    return {"exists": True, "managers": managers, "argocd": application, "detail": ""}
