@@ -56,14 +56,15 @@ def test_an_edit_of_what_lives_in_a_stopped_cluster_is_shown_and_made(p510):
 def test_a_docker_that_does_not_answer_is_one_error_with_its_remedy(p510):
     """Incident 3: it does not say that there is no cluster."""
     (p510.world / "docker" / "unreachable").touch()
-    preview = p510.preview(check=False)
-    assert preview.code != 0
-    (error,) = errors(preview)
-    assert "looking for cluster factory in Docker on this machine failed" in error
-    assert "Cannot connect to the Docker daemon" in error
-    assert "Remedy: systemctl status docker" in error
-    assert planned(preview) == set()
-    # The engine refreshes before it asks the program, so here the provider speaks.
+    for arguments in ((), ("--refresh", "--run-program")):
+        preview = p510.preview(*arguments, check=False)
+        assert preview.code != 0
+        (error,) = errors(preview)
+        assert "looking for cluster factory in Docker on this machine failed" in error
+        assert "Cannot connect to the Docker daemon" in error
+        assert "Remedy: systemctl status docker" in error
+        assert planned(preview) == set()
+    # Without --run-program the engine refreshes before it asks the program: the provider speaks.
     preview = p510.preview("--refresh", check=False)
     assert preview.code != 0
     assert planned(preview) == set()
