@@ -24,9 +24,11 @@ from hostctl.protocol import Failure, say
 
 STATE_DIRECTORY = "/var/lib/homelab"
 QUERY_SECONDS = 30.0
+"""How long a question to a tool may take before the answer is: cannot tell."""
 PROGRESS_SECONDS = 5.0
 LOCK_SECONDS = 3600.0
 FILE_BYTES = 1024 * 1024
+"""The largest file that is read; the API server takes no Secret above 1 MiB."""
 
 
 class Ran(NamedTuple):
@@ -415,7 +417,3 @@ def _take_lock(machine: Machine, descriptor: int, name: str) -> None:
             say(f"another hostctl is at work on {name}: waiting for its lock, {waited:.0f} s")
         machine.sleep(1)
         waited += 1
-
-
-"""How long a question to a tool may take before the answer is: cannot tell."""
-"""The largest file that is read; the API server takes no Secret above 1 MiB."""

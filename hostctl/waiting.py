@@ -16,6 +16,7 @@ from hostctl.tools import run_tool
 BIND_WAIT_SECONDS = 300.0
 STALL_SECONDS = 180.0
 STALL_BYTES = 1024 * 1024
+"""A server that reads less than this in STALL_SECONDS does not open its datastore any more (4)."""
 STALL_RESTARTS = 2
 
 
@@ -149,6 +150,3 @@ def present_cluster(machine: Machine, name: str, doing: str) -> Cluster:
             f"hostctl k3d ensure {name}, or pulumi up, creates it",
         )
     return cluster
-
-
-"""A server that reads less than this in STALL_SECONDS does not open its datastore any more (4)."""
