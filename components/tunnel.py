@@ -20,8 +20,10 @@ thereby migrated and keeps its id.
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pulumi
 import pulumi_cloudflare as cloudflare
@@ -40,6 +42,28 @@ _USER = 65532
 _STOP_SECONDS = 45
 
 _TOKEN_FILE = "/etc/cloudflared/token"
+
+# curl's own image; its entry point is not used.
+_CURL = (
+    "curlimages/curl:8.11.1@sha256:c1fe1679c34d9784c1b0d1e5f62ac0a79fca01fb6377cdd33e90473c6f9f9a69"
+)
+
+_KEEPALIVE_SECONDS = 120
+_KEEPALIVE_LIMIT_SECONDS = 10
+
+_POD_SECURITY: kubernetes.core.v1.PodSecurityContextArgsDict = {
+    "run_as_non_root": True,
+    "run_as_user": _USER,
+    "run_as_group": _USER,
+    "fs_group": _USER,
+    "seccomp_profile": {"type": "RuntimeDefault"},
+}
+
+_CONTAINER_SECURITY: kubernetes.core.v1.SecurityContextArgsDict = {
+    "allow_privilege_escalation": False,
+    "read_only_root_filesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 
 
 def cloudflare_provider(account: settings.Cloudflare) -> cloudflare.Provider:
@@ -135,10 +159,15 @@ class CloudflareTunnel(pulumi.ComponentResource):
 
         token = connector_token(account.account_id, self._tunnel.id, secret)
         connector = tunnel.connector
+        kept_alive = [route for route in tunnel.routes if route.keepalive]
         if connector.kind == "cluster":
             self._connect_from_cluster(connector, token)
+            if kept_alive:
+                self._keep_alive_from_cluster(connector, kept_alive)
         elif connector.kind == "host":
             self._connect_from_host(connector, token)
+            if kept_alive:
+                self._keep_alive_from_host(kept_alive)
 
         self.id = self._tunnel.id
         self.name = self._tunnel.name
@@ -283,13 +312,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                         "automount_service_account_token": False,
                         "enable_service_links": False,
                         "termination_grace_period_seconds": _STOP_SECONDS,
-                        "security_context": {
-                            "run_as_non_root": True,
-                            "run_as_user": _USER,
-                            "run_as_group": _USER,
-                            "fs_group": _USER,
-                            "seccomp_profile": {"type": "RuntimeDefault"},
-                        },
+                        "security_context": _POD_SECURITY,
                         "topology_spread_constraints": [
                             {
                                 "max_skew": 1,
@@ -323,11 +346,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                                     "requests": {"cpu": "10m", "memory": "64Mi"},
                                     "limits": {"memory": "256Mi"},
                                 },
-                                "security_context": {
-                                    "allow_privilege_escalation": False,
-                                    "read_only_root_filesystem": True,
-                                    "capabilities": {"drop": ["ALL"]},
-                                },
+                                "security_context": _CONTAINER_SECURITY,
                                 "volume_mounts": [
                                     {
                                         "name": "token",
@@ -403,12 +422,9 @@ class CloudflareTunnel(pulumi.ComponentResource):
         )
         docker.Container(
             connector.container,
-            name=connector.container,
-            image=connector.image,
+            **_confined(connector.container, connector.image),
             # Loopback and any free port: the image's own default is every address of the host.
             command=_arguments("127.0.0.1:0"),
-            user=f"{_USER}:{_USER}",
-            network_mode="host",
             # A bind mount, not a volume: Docker would make a directory where the file is missing.
             mounts=[
                 {
@@ -418,19 +434,119 @@ class CloudflareTunnel(pulumi.ComponentResource):
                     "read_only": True,
                 }
             ],
-            read_only=True,
-            capabilities={"drops": ["ALL"]},
-            security_opts=["no-new-privileges:true"],
-            log_driver="json-file",
-            log_opts={"max-size": "10m", "max-file": "3"},
-            restart="unless-stopped",
-            must_run=True,
             destroy_grace_seconds=_STOP_SECONDS,
             opts=pulumi.ResourceOptions.merge(
                 options,
                 pulumi.ResourceOptions(depends_on=[image, file], delete_before_replace=True),
             ),
         )
+
+    def _keep_alive_from_cluster(
+        self, connector: settings.ClusterConnector, routes: Sequence[settings.Route]
+    ) -> None:
+        """A Deployment without probes: an origin that does not answer is a line in its log and
+        restarts nothing.
+        """
+        args = self._args
+        name, namespace = f"keepalive-{self._name}", connector.namespace
+        selector = {"app.kubernetes.io/name": name}
+        labels = {**selector, "app.kubernetes.io/managed-by": "pulumi"}
+        kubernetes.apps.v1.Deployment(
+            f"{namespace}/{name}",
+            metadata={"name": name, "namespace": namespace, "labels": labels},
+            spec={
+                "replicas": 1,
+                "selector": {"match_labels": selector},
+                "template": {
+                    "metadata": {"labels": labels},
+                    "spec": {
+                        "automount_service_account_token": False,
+                        "enable_service_links": False,
+                        # Nothing is lost when it is cut off, and a shell as PID 1 takes no SIGTERM.
+                        "termination_grace_period_seconds": 1,
+                        "security_context": _POD_SECURITY,
+                        "containers": [
+                            {
+                                "name": "curl",
+                                "image": _CURL,
+                                "command": _keepalive(routes),
+                                "resources": {
+                                    "requests": {"cpu": "1m", "memory": "8Mi"},
+                                    "limits": {"memory": "64Mi"},
+                                },
+                                "security_context": _CONTAINER_SECURITY,
+                            }
+                        ],
+                    },
+                },
+            },
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                provider=args.cluster.provider,
+                deleted_with=args.cluster.identity,
+                depends_on=list(args.after),
+            ),
+        )
+
+    def _keep_alive_from_host(self, routes: Sequence[settings.Route]) -> None:
+        """A container beside the connector's. Another one, since cloudflared's image has no curl
+        and an edit of what is kept alive must not cut the tunnel.
+        """
+        name = f"keepalive-{self._name}"
+        options = pulumi.ResourceOptions(parent=self, provider=self._args.docker)
+        image = docker.RemoteImage(name, name=_CURL, keep_locally=True, opts=options)
+        docker.Container(
+            name,
+            **_confined(name, _CURL),
+            entrypoints=_keepalive(routes),
+            init=True,  # a shell as PID 1 takes no SIGTERM
+            opts=pulumi.ResourceOptions.merge(
+                options, pulumi.ResourceOptions(depends_on=[image], delete_before_replace=True)
+            ),
+        )
+
+
+def _confined(name: str, image: str) -> dict[str, Any]:
+    """Arguments of a container in the host's network without any privilege, with bounded logs."""
+    return {
+        "name": name,
+        "image": image,
+        "user": f"{_USER}:{_USER}",
+        "network_mode": "host",
+        "read_only": True,
+        "capabilities": {"drops": ["ALL"]},
+        "security_opts": ["no-new-privileges:true"],
+        "log_driver": "json-file",
+        "log_opts": {"max-size": "10m", "max-file": "3"},
+        "restart": "unless-stopped",
+        "must_run": True,
+    }
+
+
+def _keepalive(routes: Sequence[settings.Route]) -> list[str]:
+    """The command that GETs the routes' origins, all at once and again and again.
+
+    It logs a line a GET: hostname, URL, status (000 for none), and the error if there was one.
+    """
+    loop = f'while :; do curl --parallel "$@"; sleep {_KEEPALIVE_SECONDS}; done'
+    gets = [argument for route in routes for argument in ("--next", *_get(route))][1:]
+    return ["sh", "-c", loop, "keepalive", *gets]
+
+
+def _get(route: settings.Route) -> list[str]:
+    """curl's arguments for the GET that the connector would make for a visitor of the route."""
+    origin = route.origin or settings.Origin()
+    # A path is a regular expression: what it begins with literally, short of a repeated character.
+    literal = re.match(r"\^?(/[A-Za-z0-9/._~-]*)(?![*?{])", route.path or "/")
+    path = literal[1] if literal else "/"
+    url = route.service.rstrip("/") + path
+    options = ["--silent", "--globoff", "--max-time", str(_KEEPALIVE_LIMIT_SECONDS)]
+    options += ["--header", f"Host: {origin.http_host_header or route.hostname}"]
+    # curl has neither the CA's file nor another name to expect, and sends nothing worth guarding.
+    if origin.no_tls_verify or origin.ca_pool or origin.origin_server_name:
+        options.append("--insecure")
+    shown = f"{route.hostname} %{{url}} %{{response_code}} %{{errormsg}}\\n"
+    return [*options, "--output", "/dev/null", "--write-out", shown, url]
 
 
 def _arguments(metrics: str) -> list[str]:

@@ -241,6 +241,12 @@ class Route(Model):
     origin: Origin | None = Field(
         default=None, description="How the connector talks to the origin."
     )
+    keepalive: bool = Field(
+        default=False,
+        strict=True,
+        description="GET the origin every 2 min (limit 10 s), so that it stays awake; http:// and "
+        "https:// only.",
+    )
     access: Access | None = Field(
         default=None,
         description="Who may open it. Without it the service is public on the internet.",
@@ -456,6 +462,24 @@ class Tunnel(Model):
                 "write it into the connector's own file, which holds the ingress rules",
                 "has no effect",
                 [(*path[:2], "management")],
+            )
+        if route.keepalive and not route.service.startswith(("http://", "https://")):
+            yield Problem(
+                (*path, "keepalive"),
+                True,
+                "true only for an http:// or https:// service",
+                "remove it: only HTTP has a GET",
+                involves=[service],
+            )
+        if route.keepalive and self.connector.kind == "external":
+            yield Problem(
+                (*path, "keepalive"),
+                True,
+                "nothing while connector.kind is external",
+                "let who runs the connector call the origin, or set connector.kind to cluster or "
+                "host",
+                "has no effect",
+                [(*kind, "kind")],
             )
         if (
             route.origin is not None

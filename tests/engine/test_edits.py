@@ -93,6 +93,18 @@ def a_gate_less(p510):
         del settings["tunnels"]["p510"]["routes"][1]["access"]
 
 
+@edit("create RemoteImage keepalive-p510", "create Container keepalive-p510")
+def an_origin_on_the_host_kept_alive(p510):
+    with p510.edited() as settings:
+        settings["tunnels"]["p510"]["routes"][1]["keepalive"] = True
+
+
+@edit("create Deployment factory/keepalive-factory")
+def an_origin_in_the_cluster_kept_alive(p510):
+    with p510.edited() as settings:
+        settings["tunnels"]["factory"]["routes"][-1]["keepalive"] = True
+
+
 @edit("update Deployment factory/cloudflared-factory")
 def more_replicas_of_the_connector(p510):
     with p510.edited() as settings:

@@ -7,8 +7,14 @@ from it are marked secret wherever they go.
 """
 
 import base64
+import contextlib
+import http.server
 import json
-from collections.abc import Callable
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kubernetes_validate
@@ -594,6 +600,173 @@ def test_a_rotated_secret_rewrites_the_file_and_leaves_the_container(register: R
         "removed": set(),
         "changed": {(TUNNEL, "factory"), ("Command", "token cloudflared-p510")},
     }
+
+
+# Keepalive
+
+
+PLEX = {"hostname": "plex.example.org", "service": "http://localhost:32400", "keepalive": True}
+
+
+def gets(command: list[str]) -> list[list[str]]:
+    """curl's arguments of each GET."""
+    assert command[:2] == ["sh", "-c"]
+    assert command[2] == 'while :; do curl --parallel "$@"; sleep 120; done'
+    found: list[list[str]] = [[]]
+    for argument in command[4:]:
+        if argument == "--next":
+            found.append([])
+        else:
+            found[-1].append(argument)
+    return found
+
+
+@pytest.mark.parametrize("connector", [CLUSTER, HOST])
+def test_without_keepalive_nothing_calls_an_origin(register: Register, connector: dict) -> None:
+    registered = register(connector=connector, routes=[GRAFANA])
+    assert not any("keepalive" in name for _, name in registered)
+
+
+def test_a_container_on_the_host_keeps_origins_alive_without_privilege(register: Register) -> None:
+    registered = register(connector=HOST, routes=[PLEX])
+    kept = registered["Container", "keepalive-factory"]
+    given = dict(kept.inputs)
+    assert "curlimages/curl:" in given["image"]
+    assert "@sha256:" in given["image"]
+    assert gets(given.pop("entrypoints")) != []
+    confined = {key: container(registered).inputs[key] for key in given if key != "init"}
+    assert given == {**confined, "name": given["name"], "image": given["image"], "init": True}
+    assert kept.provider == "docker"
+    assert kept.parent == ("CloudflareTunnel", "factory")
+    assert ("RemoteImage", "keepalive-factory") in kept.depends_on
+    assert registered["RemoteImage", "keepalive-factory"].inputs["name"] == given["image"]
+
+
+def test_a_deployment_in_the_cluster_keeps_origins_alive_without_privilege(
+    register: Register,
+) -> None:
+    registered = register(connector=CLUSTER, routes=[{**GRAFANA, "keepalive": True}])
+    kept = registered["Deployment", "factory/keepalive-factory"]
+    kubernetes_validate.validate(kept.inputs, "1.31", strict=True)
+    spec = kept.inputs["spec"]["template"]["spec"]
+    connector = pod(registered)["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"] == connector["securityContext"]
+    [curl] = spec["containers"]
+    assert curl["securityContext"] == connector["containers"][0]["securityContext"]
+    assert "@sha256:" in curl["image"]
+    # What restarts a pod when an origin fails would be a probe.
+    assert not any("Probe" in key for key in curl)
+    assert gets(curl["command"])[0][-1] == "http://grafana.factory.svc.cluster.local:80/"
+    assert kept.deleted_with == ("Command", "identity")
+    assert ("Namespace", "factory") in kept.depends_on
+
+
+@pytest.mark.parametrize("connector", [CLUSTER, HOST])
+def test_keeping_a_route_alive_touches_nothing_else(register: Register, connector: dict) -> None:
+    before = register(connector=connector, routes=[GATED, GRAFANA])
+    after = register(connector=connector, routes=[GATED, {**GRAFANA, "keepalive": True}])
+    changes = edits(before, after)
+    assert {name.rpartition("/")[2] for _, name in changes.pop("added")} == {"keepalive-factory"}
+    assert changes == {"removed": set(), "changed": set()}
+
+
+def test_only_routes_that_ask_for_it_are_kept_alive(register: Register) -> None:
+    routes = [PLEX, GRAFANA, {**PLEX, "hostname": "nas.example.org"}]
+    kept = register(connector=HOST, routes=routes)["Container", "keepalive-factory"]
+    shown = [
+        get[get.index("--write-out") + 1].split()[0] for get in gets(kept.inputs["entrypoints"])
+    ]
+    assert shown == ["plex.example.org", "nas.example.org"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "insecure"),
+    [
+        ({}, "plex.example.org", False),
+        ({"noTlsVerify": True}, "plex.example.org", True),
+        ({"httpHostHeader": "plex.internal:1"}, "plex.internal:1", False),
+        ({"caPool": "/etc/ssl/ca.pem"}, "plex.example.org", True),
+    ],
+)
+def test_a_get_is_what_the_connector_would_send(
+    register: Register, origin: dict, host: str, insecure: bool
+) -> None:
+    routes = [{**PLEX, "service": "https://localhost:8443", "origin": origin}]
+    kept = register(connector=HOST, routes=routes)["Container", "keepalive-factory"]
+    [get] = gets(kept.inputs["entrypoints"])
+    assert get[get.index("--header") + 1] == f"Host: {host}"
+    assert ("--insecure" in get) == insecure
+    assert get[get.index("--max-time") + 1] == "10"
+    assert get[-1] == "https://localhost:8443/"
+
+
+@pytest.mark.parametrize(
+    ("path", "called"),
+    [
+        (None, "/"),
+        ("^/api/", "/api/"),
+        ("/api/v1.0/.*", "/api/v1.0/"),
+        ("/users?", "/user"),
+        ("/(a|b)", "/"),
+        ("/?", "/"),
+    ],
+)
+def test_a_get_goes_to_what_a_path_begins_with(
+    register: Register, path: str | None, called: str
+) -> None:
+    routes = [{**PLEX, **({"path": path} if path else {})}]
+    kept = register(connector=HOST, routes=routes)["Container", "keepalive-factory"]
+    [get] = gets(kept.inputs["entrypoints"])
+    assert get[-1] == f"http://localhost:32400{called}"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="runs the command, and curl is missing")
+def test_a_dead_origin_is_a_line_in_the_log_and_keeps_no_other_from_being_called(
+    register: Register,
+) -> None:
+    """The command itself, once round its loop, against a server of the test's own."""
+    with closed_port() as dead, origin_server() as (alive, seen):
+        routes = [
+            {**PLEX, "service": f"http://127.0.0.1:{dead}"},
+            {**PLEX, "hostname": "nas.example.org", "service": f"http://127.0.0.1:{alive}"},
+        ]
+        kept = register(connector=HOST, routes=routes)["Container", "keepalive-factory"]
+        command = kept.inputs["entrypoints"]
+        command[2] = command[2].replace("sleep 120", "exit")
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    failed, answered = sorted(ran.stdout.splitlines(), reverse=True)
+    assert failed.startswith(f"plex.example.org http://127.0.0.1:{dead}/ 000 Failed to connect")
+    assert answered.strip() == f"nas.example.org http://127.0.0.1:{alive}/ 401"
+    assert seen == ["nas.example.org"]
+
+
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    """A port of this machine on which nobody answers."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@contextlib.contextmanager
+def origin_server() -> Iterator[tuple[int, list[str]]]:
+    """An origin that asks everyone to log in: its port, and the Host headers that it saw."""
+    seen: list[str] = []
+
+    class Origin(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Host"])
+            self.send_error(401)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Origin) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port, seen
+        server.shutdown()
+        thread.join()
 
 
 # Another owner
