@@ -135,7 +135,6 @@ class CloudflareTunnel(pulumi.ComponentResource):
         self._args = args
         self._options = pulumi.ResourceOptions(parent=self, provider=args.cloudflare)
         tunnel, account = args.settings, args.account
-        access_by_hostname = _access_by_hostname(name, tunnel.routes)
         secret = pulumi.Output.secret(tunnel.secret.get_secret_value())
 
         self._tunnel = self._register_tunnel(secret)
@@ -154,7 +153,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                 },
                 opts=self._options,
             )
-        for hostname, access in access_by_hostname.items():
+        for hostname, access in tunnel.access.items():
             self._publish(hostname, access)
 
         token = connector_token(account.account_id, self._tunnel.id, secret)
@@ -173,10 +172,10 @@ class CloudflareTunnel(pulumi.ComponentResource):
         self.name = self._tunnel.name
         self.connector = pulumi.Output.from_input(connector.kind)
         self.urls = pulumi.Output.from_input(
-            {hostname: f"https://{hostname}" for hostname in access_by_hostname}
+            {hostname: f"https://{hostname}" for hostname in tunnel.access}
         )
         self.public = pulumi.Output.from_input(
-            [hostname for hostname, access in access_by_hostname.items() if not access]
+            [hostname for hostname, access in tunnel.access.items() if not access]
         )
         self.output = pulumi.Output.all(
             id=self.id, name=self.name, connector=self.connector, public=self.public
@@ -216,13 +215,11 @@ class CloudflareTunnel(pulumi.ComponentResource):
         )
 
     def _publish(self, hostname: str, access: settings.Access | None) -> None:
+        account = self._args.account
         gate = [self._gate(hostname, access)] if access else []
-        zone = self._args.account.zone(hostname)
-        if zone is None:
-            raise pulumi.RunError(f"{hostname} lies in no zone of homelab:cloudflare.zones")
         cloudflare.DnsRecord(
             hostname,
-            zone_id=zone[1],
+            zone_id=account.zones[account.zone(hostname)],
             name=hostname,
             type="CNAME",
             content=self.cname,
@@ -569,26 +566,6 @@ def _digest(token: pulumi.Output[str]) -> pulumi.Output[str]:
 
 def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
-
-
-def _access_by_hostname(
-    tunnel: str, routes: Sequence[settings.Route]
-) -> dict[str, settings.Access | None]:
-    """Who may open each hostname.
-
-    A route's path is a regular expression that need not match at the start, an Access application
-    knows prefixes. So a gate is before the whole hostname, and routes that share it must agree on
-    it: anything less leaves a way around.
-    """
-    found: dict[str, settings.Access | None] = {}
-    for route in routes:
-        if found.setdefault(route.hostname, route.access) != route.access:
-            raise pulumi.RunError(
-                f"homelab:tunnels.{tunnel}.routes: the routes of {route.hostname} differ in access,"
-                " which holds for a whole hostname.\n"
-                "  Remedy: give all of them the same access, or move one to a hostname of its own."
-            )
-    return found
 
 
 def _ingress(

@@ -126,11 +126,11 @@ class Settings(Model):
         for name, tunnel in self.tunnels.items():
             for index, route in enumerate(tunnel.routes):
                 zone = self.cloudflare.zone(route.hostname)
-                if zone and "." in route.hostname.removesuffix(f".{zone[0]}") != zone[0]:
+                if "." in route.hostname.removesuffix(f".{zone}") != zone:
                     found.append(
                         f"{key_path(('tunnels', name, 'routes', index, 'hostname'))}: "
                         f"{route.hostname} lies two labels"
-                        f" under {zone[0]}, and Cloudflare's free certificate covers one: use a "
+                        f" under {zone}, and Cloudflare's free certificate covers one: use a "
                         f"single label, or order an"
                         " advanced certificate."
                     )
@@ -151,6 +151,7 @@ class Settings(Model):
         yield from self._namespace_problems()
         yield from self._secret_problems()
         yield from self._connector_problems()
+        yield from self._zone_problems()
         yield from self._hostname_problems()
         yield from self._access_problems()
         yield from self._route_namespace_problems()
@@ -255,24 +256,32 @@ class Settings(Model):
                         [first],
                     )
 
-    def _hostname_problems(self) -> Iterator[Problem]:
-        seen: dict[str, dict[str | None, tuple[str, Path]]] = defaultdict(dict)
+    def _zone_problems(self) -> Iterator[Problem]:
+        if self.cloudflare is None:
+            return
+        zones = ", ".join(sorted(self.cloudflare.zones)[:5])
         for name, tunnel in self.tunnels.items():
             for index, route in enumerate(tunnel.routes):
-                path: Path = ("tunnels", name, "routes", index)
-                hostname: Path = (*path, "hostname")
-                if self.cloudflare is not None and self.cloudflare.zone(route.hostname) is None:
-                    zones = sorted(self.cloudflare.zones)
+                try:
+                    self.cloudflare.zone(route.hostname)
+                except LookupError:
                     yield Problem(
-                        hostname,
+                        ("tunnels", name, "routes", index, "hostname"),
                         route.hostname,
-                        f"a host name in one of the zones {', '.join(zones[:5])}"
+                        f"a host name in one of the zones {zones}"
                         if zones
                         else "a host name in a declared zone",
                         "correct the host name, or add its zone to homelab:cloudflare.zones",
                         "lies outside every zone",
                         [("cloudflare", "zones")],
                     )
+
+    def _hostname_problems(self) -> Iterator[Problem]:
+        seen: dict[str, dict[str | None, tuple[str, Path]]] = defaultdict(dict)
+        for name, tunnel in self.tunnels.items():
+            for index, route in enumerate(tunnel.routes):
+                path: Path = ("tunnels", name, "routes", index)
+                hostname: Path = (*path, "hostname")
                 others = seen[route.hostname]
                 clash = others.get(route.path) or others.get(None)
                 first = next(iter(others.values()), None)

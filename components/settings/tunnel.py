@@ -152,14 +152,17 @@ class Cloudflare(Model):
         description="Ids of the zones by name; every hostname lies in one of them."
     )
 
-    def zone(self, hostname: str) -> tuple[str, str] | None:
-        """Name and id of the zone that holds ``hostname``, of several the longest, or None."""
+    def zone(self, hostname: str) -> str:
+        """Name of the zone that holds ``hostname``, of several the longest.
+
+        Raises LookupError for one outside every zone; a stack's settings have no such route.
+        """
         labels = hostname.split(".")
         for start in range(len(labels) - 1):
             name = ".".join(labels[start:])
             if name in self.zones:
-                return name, self.zones[name]
-        return None
+                return name
+        raise LookupError(hostname)
 
 
 class Origin(Model):
@@ -356,6 +359,16 @@ class Tunnel(Model):
         description="The tunnel's name, typed: lets `pulumi destroy`, or its removal from here "
         "after an `up`, delete the tunnel.",
     )
+
+    @property
+    def access(self) -> dict[str, Access | None]:
+        """Who may open each hostname.
+
+        A route's path is a regular expression that need not match at the start, an Access
+        application knows prefixes. So a gate is before the whole hostname, and a stack's settings
+        agree on it between the routes that share one: anything less leaves a way around.
+        """
+        return {route.hostname: route.access for route in self.routes}
 
     def problems(self, name: str) -> Iterator[Problem]:
         """What is wrong across the fields of the tunnel called ``name``."""

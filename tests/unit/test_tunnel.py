@@ -337,11 +337,6 @@ def test_a_gate_is_before_all_paths_of_its_hostname(register: Register) -> None:
     ]
 
 
-def test_a_hostname_that_is_gated_on_some_paths_only_is_refused(register: Register) -> None:
-    with pytest.raises(pulumi.RunError, match=r"argocd\.example\.org differ in access"):
-        register(routes=[{**ARGOCD, "path": "^/api/"}, GATED])
-
-
 def test_hostnames_without_a_gate_are_listed_as_public(register: Register) -> None:
     outputs = register(routes=[GATED, GRAFANA])["CloudflareTunnel", "factory"].outputs
     assert outputs == {
