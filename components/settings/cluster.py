@@ -16,8 +16,9 @@ from components.settings.model import (
     Number,
     Port,
     Text,
-    hostname_is_valid,
+    is_address,
     is_clean_path,
+    is_host,
 )
 from components.settings.problem import Path, Problem, key_path
 
@@ -64,14 +65,6 @@ def _k3s_takes(argument: str) -> bool:
     return name not in _OWN_SETTING.keys() | _K3D_GIVES and not _CARRIES_SECRET.fullmatch(name)
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _is_private_network(text: str) -> bool:
     try:
         network = IPv4Network(text)
@@ -101,7 +94,7 @@ BindAddress = Annotated[
         "write the IPv4 address of one of the host's interfaces, not a name",
         "127.0.0.1",
         r"[0-9.]+",
-        _is_address,
+        is_address,
     ),
 ]
 IpAddress = Annotated[
@@ -111,7 +104,7 @@ IpAddress = Annotated[
         "write the address of a DNS server, not its name",
         "1.1.1.1",
         r"[0-9a-fA-F:.]+",
-        _is_address,
+        is_address,
     ),
 ]
 ServerName = Annotated[
@@ -121,9 +114,7 @@ ServerName = Annotated[
         "write the name or address that belongs into the kubeconfig (incident 14)",
         "p510.example.org",
         r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|[0-9a-fA-F]*:[0-9a-fA-F:.]+",
-        lambda name: (
-            _is_address(name) or (hostname_is_valid(name) and ".." not in name and ":" not in name)
-        ),
+        is_host,
     ),
 ]
 Subnet = Annotated[
@@ -393,14 +384,6 @@ class Cluster(Model):
                 "set homelab:cluster.api.serverName to the name or address that clients reach "
                 "(incident 14)",
                 involves=[("cluster", "api", "serverName")],
-            )
-        if server is not None and _is_address(server) and ip_address(server).is_unspecified:
-            yield Problem(
-                ("cluster", "api", "serverName"),
-                server,
-                "a name or address that clients can reach",
-                "write an address of the host: nobody can connect to an unspecified one "
-                "(incident 14)",
             )
 
     def _resolver_problems(self) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -13,11 +14,26 @@ from components.settings.model import (
     Port,
     Text,
     camel_case,
+    is_host,
 )
 from components.settings.problem import Problem
 
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9a-fA-F]*:[0-9a-fA-F:.]+"
 _USER = "[a-z_][a-z0-9_-]{0,31}"
+_PLACE = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])"
+_PORT = ":[0-9]{1,5}"
+
+
+def _is_place(text: str) -> bool:
+    """Whether a URL's [user@]host[:port] has a possible host, in brackets if IPv6, and port."""
+    try:
+        url = urlsplit(f"//{text}")
+        port = url.port  # above 65535: ValueError
+    except ValueError:
+        return False
+    host = url.hostname or ""
+    return port != 0 and is_host(host) and (":" in host) == ("[" in text)
+
 
 Address = Annotated[
     str,
@@ -26,16 +42,17 @@ Address = Annotated[
         "write the bare name or address; user and port are settings of their own",
         "p510.example.org",
         _HOST,
-        lambda host: len(host) <= 253 and ".." not in host,
+        is_host,
     ),
 ]
 Jump = Annotated[
     str,
     Text(
-        "[user@]host[:port]",
+        "[user@]host[:port], an IPv6 address in brackets",
         "name one jump host; for more, use an alias of ~/.ssh/config here",
         "admin@gate.example.org:22",
-        rf"(?:{_USER}@)?[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{{1,5}})?",
+        rf"(?:{_USER}@)?(?!-){_PLACE}(?:{_PORT})?",
+        _is_place,
     ),
 ]
 DockerEndpoint = Annotated[
@@ -44,8 +61,8 @@ DockerEndpoint = Annotated[
         "unix:///path, ssh://[user@]host[:port] or tcp://host:port",
         "write the endpoint as `docker context inspect` shows it",
         "unix:///var/run/docker.sock",
-        rf"unix://(?:/[A-Za-z0-9_@+=,.-]+)+|ssh://(?:{_USER}@)?(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{{1,5}})?"
-        r"|tcp://(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
+        rf"unix://(?:/[A-Za-z0-9_@+=,.-]+)+|ssh://(?:{_USER}@)?{_PLACE}(?:{_PORT})?|tcp://{_PLACE}{_PORT}",
+        lambda endpoint: endpoint.startswith("unix:") or _is_place(endpoint.partition("://")[2]),
     ),
 ]
 

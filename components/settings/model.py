@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
@@ -124,11 +125,30 @@ class Text(Rule):
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _SEGMENT = r"[A-Za-z0-9_@+=,.-]+"
+_HOST_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_HOST_NAME = r"(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)\.)*(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 
 
 def is_clean_path(path: str) -> bool:
     """No way up or around, and no longer than Linux takes."""
     return len(path) <= 4096 and not {".", ".."} & set(path.split("/"))
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_host(text: str) -> bool:
+    """Whether a machine can have it as its name or as its IP address."""
+    if is_address(text):
+        address = ip_address(text)
+        return not (address.is_unspecified or address.is_multicast)
+    return re.fullmatch(_HOST_NAME, text) is not None and hostname_is_valid(text)
 
 
 def hostname_is_valid(name: str) -> bool:
@@ -214,7 +234,6 @@ Account = Annotated[
 ]
 
 
-_HOST_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 
 
