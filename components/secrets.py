@@ -17,7 +17,7 @@ import yaml
 
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, HostError
+from components.host import Connection, HostError, result
 from components.namespaces import Namespaces
 
 # The key under which Tailscale's containers look; what is in the file may be something else (004:
@@ -159,6 +159,15 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
     )
 
 
+def _warn_of_bare_pods(namespace: str, pods: Sequence[str]) -> None:
+    if pods:
+        pulumi.log.warn(
+            f"{', '.join(pods)} in namespace {namespace} kept the old value when a Secret last "
+            "changed, and no controller would make it again. Remedy, if that was not done since: "
+            "kubectl delete it and apply it again."
+        )
+
+
 def _manifest_data(secret: settings.DeclaredSecret, path: str, content: bytes) -> dict[str, str]:
     """The data of a file that holds a whole Secret; it must be the Secret that is declared."""
     try:
@@ -293,7 +302,7 @@ class Secrets(pulumi.ComponentResource):
         watched = [(value, secret) for value, secret in secrets if value.rollout]
         if not watched:
             return
-        self._cluster.host.command(
+        rollout = self._cluster.host.command(
             f"rollout {namespace}",
             ["rollout"],
             {
@@ -305,6 +314,10 @@ class Secrets(pulumi.ComponentResource):
             # In another cluster nothing has been seen yet.
             triggers=[self._cluster.incarnation],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[secret for _, secret in watched]),
+        )
+        # Nothing of the command is logged; what it names is no secret.
+        pulumi.Output.unsecret(result(rollout)).apply(
+            lambda seen: _warn_of_bare_pods(namespace, seen.get("left") or [])
         )
 
     def _namespace(self, name: str) -> list[pulumi.Resource]:

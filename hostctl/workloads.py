@@ -116,13 +116,13 @@ ROLLOUT_SPEC: dict[str, Any] = {
     "namespace": Value(DNS_LABEL),
     "secrets": Value(text_map, secret=True),
 }
-_WORKLOADS = "deployments.apps,statefulsets.apps,daemonsets.apps"
+_WORKLOADS = "deployments.apps,statefulsets.apps,daemonsets.apps,pods"
 
 
 def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
     """Restarts the workloads of a namespace that use a Secret whose digest is another than when
     they were last seen. One never seen has started with what the last run saw; the first run of
-    all restarts nothing.
+    all restarts nothing. A pod that nothing controls would not come back: it is only named.
 
     What was seen is kept on the host and not in annotations: whoever may read a workload could
     guess a short value from its digest.
@@ -130,7 +130,7 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, ROLLOUT_SPEC, "rollout")
     namespace, path = wanted["namespace"], wanted["kubeconfig"]
     step = f"rolling out changed Secrets in namespace {namespace}"
-    rolled = []
+    rolled, left = [], []
     arguments = ["get", _WORKLOADS, f"--namespace={namespace}", "--output=json"]
     listed = run_kubectl(machine, path, arguments, step)
     if listed.code:
@@ -143,25 +143,44 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
             for name, digest in wanted["secrets"].items()
         }
         for workload in parse_json(listed.out, step)["items"]:
-            used = secrets_of(workload["spec"]["template"]["spec"])
+            is_pod = workload["kind"] == "Pod"
+            if is_pod and not _is_bare(workload):
+                continue
+            spec = workload["spec"]
+            used = secrets_of(spec if is_pod else spec["template"]["spec"])
             digests = {name: digest for name, digest in keyed.items() if name in used}
             # The uid, since a workload made anew has read the new value.
             identity = workload["metadata"]["uid"]
             before = {**last, **seen.get(identity, {})}
             title = f"{workload['kind'].lower()}/{workload['metadata']['name']}"
             if any(before.get(name, digest) != digest for name, digest in digests.items()):
-                say(f"{title} in {namespace} uses a changed Secret: restarting it")
-                restart = ["rollout", "restart", title, f"--namespace={namespace}"]
-                ran = run_kubectl(machine, path, restart, step)
-                if ran.code:
-                    raise Failure("failed", step, ran.complaint, _doctor_remedy())
-                rolled.append(title)
+                if is_pod:
+                    say(
+                        f"WARNING: {title} in {namespace} keeps the old value of a changed Secret "
+                        "and nothing would make it again: delete it and apply it again"
+                    )
+                    left.append(title)
+                    digests = {name: before.get(name, digest) for name, digest in digests.items()}
+                else:
+                    say(f"{title} in {namespace} uses a changed Secret: restarting it")
+                    restart = ["rollout", "restart", title, f"--namespace={namespace}"]
+                    ran = run_kubectl(machine, path, restart, step)
+                    if ran.code:
+                        raise Failure("failed", step, ran.complaint, _doctor_remedy())
+                    rolled.append(title)
             if seen.get(identity, {}) != digests:
                 seen[identity] = digests
                 _write_ledger(machine, ledger, key, last, seen)
         if last != keyed:
             _write_ledger(machine, ledger, key, keyed, seen)
-    return {"rolled": rolled}
+    return {"rolled": rolled, "left": left}
+
+
+def _is_bare(pod: Mapping[str, Any]) -> bool:
+    """Whether no controller would make the pod again, and it still runs."""
+    owners = pod["metadata"].get("ownerReferences") or []
+    ended = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    return not ended and not any(owner.get("controller") for owner in owners)
 
 
 def _doctor_remedy() -> str:

@@ -4,6 +4,7 @@ are not; no value is ever shown.
 
 import base64
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pulumi
@@ -209,7 +210,7 @@ def test_the_value_is_in_no_repr():
     assert CANARY not in repr(value)
 
 
-def registered(run_program, *values: SecretValue, anew: bool = False):
+def registered(run_program, *values: SecretValue, anew: bool = False, left: Sequence[str] = ()):
     def program() -> None:
         host = Host("p510", Connection(settings.Host()))
         provider = kubernetes.Provider("kubernetes")
@@ -220,7 +221,8 @@ def registered(run_program, *values: SecretValue, anew: bool = False):
         namespaces = Namespaces("factory", NamespacesArgs({"factory": "pulumi"}, cluster))
         Secrets("factory", SecretsArgs(values, namespaces, cluster))
 
-    return run_program(program)
+    answer = json.dumps({"rolled": [], "left": left})
+    return run_program(program, outputs={"Command": {"stdout": answer}})
 
 
 ENCODED = base64.b64encode(CANARY.encode()).decode()
@@ -269,6 +271,14 @@ def test_workloads_are_rolled_when_a_value_changes_and_only_then(run_program):
     assert spec(MANAGED) == spec(MANAGED, SEED)
     assert spec(MANAGED).keys() == {"db"}
     assert spec(MANAGED) != spec(changed)
+
+
+def test_pods_that_no_controller_makes_again_are_warned_of(run_program, caplog):
+    registered(run_program, MANAGED)
+    assert "kept the old value" not in caplog.text
+    registered(run_program, MANAGED, left=["pod/bare"])
+    assert "pod/bare in namespace factory kept the old value" in caplog.text
+    assert "kubectl delete it and apply it again" in caplog.text
 
 
 def test_rollout_false_leaves_the_workloads_alone(run_program):
