@@ -400,7 +400,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
         """
         args = self._args
         file = args.cluster.host.command(
-            f"token {connector.container}",
+            # By its path: another path is another file, and the old one is removed.
+            f"token {connector.token_file}",
             ["files", "write"],
             {
                 "path": connector.token_file,
@@ -411,6 +412,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                 "restart_container": connector.container,
             },
             secret=True,
+            delete=["files", "remove"],
             opts=pulumi.ResourceOptions(parent=self),
         )
         options = pulumi.ResourceOptions(parent=self, provider=args.docker)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from hostctl.argocd import argocd_apply, argocd_resolve
-from hostctl.files import files_read, files_write, kubeconfig
+from hostctl.files import files_read, files_remove, files_write, kubeconfig
 from hostctl.k3d import (
     k3d_delete,
     k3d_doctor,
@@ -135,6 +135,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "restart_container": "cloudflared-p510",
         },
     ),
+    ("files", "remove"): Verb(files_remove, {"path": "/var/lib/homelab/tunnels/p510.token"}),
     ("secret", "seed"): Verb(
         secret_seed,
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -146,7 +147,17 @@ def kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
         entry["directory_mode"] = wanted["directory_mode"]
         if entry != recorded:
             write_record(machine, name, kubeconfig=entry)
+        if recorded.get("path", path) != path:
+            remove_kubeconfig(machine, recorded)
     return {"kubeconfig": text, "path": path, "context": f"k3d-{name}"}
+
+
+def remove_kubeconfig(machine: Machine, written: Mapping[str, Any]) -> None:
+    """Removes the kubeconfig file of a record, unless somebody has put another content there."""
+    with contextlib.suppress(FileNotFoundError):
+        content = machine.read(written["path"])
+        if hashlib.sha256(content).hexdigest() == written["sha256"]:
+            machine.remove(written["path"])
 
 
 def _refuse_missing_account(machine: Machine, step: str, owner: str, group: str) -> None:
@@ -221,7 +232,7 @@ def files_write(machine: Machine, spec: dict[str, Any]) -> Result:
     step = f"writing {path}"
     account = (wanted["owner"], wanted["group"])
     _refuse_missing_account(machine, step, *account)
-    with machine.lock("file-" + hashlib.sha256(path.encode()).hexdigest()[:16]):
+    with _file_lock(machine, path):
         seen = machine.stat(path)
         changed = seen is None or machine.read(path) != content
         if changed:
@@ -232,6 +243,19 @@ def files_write(machine: Machine, spec: dict[str, Any]) -> Result:
         container = wanted["restart_container"]
         restarted = bool(container) and _restart_older(machine, container, path, step)
     return {"changed": changed, "restarted": restarted}
+
+
+def files_remove(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Removes a file that `files write` wrote; one that is absent is fine."""
+    # The spec is the one of a stored write, perhaps of another version: only the path counts.
+    wanted = {key: spec[key] for key in ("path",) if key in spec}
+    path = checked(wanted, {"path": Value(absolute_path)}, "files remove")["path"]
+    with _file_lock(machine, path):
+        return {"removed": machine.remove(path)}
+
+
+def _file_lock(machine: Machine, path: str) -> contextlib.AbstractContextManager[None]:
+    return machine.lock("file-" + hashlib.sha256(path.encode()).hexdigest()[:16])
 
 
 def _restart_older(machine: Machine, container: str, path: str, step: str) -> bool:

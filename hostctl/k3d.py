@@ -22,7 +22,7 @@ from hostctl.cluster import (
     refuse_docker_resolvers,
     refuse_foreign,
 )
-from hostctl.files import next_certificate_generation
+from hostctl.files import next_certificate_generation, remove_kubeconfig
 from hostctl.live import (
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
@@ -477,17 +477,16 @@ def k3d_stop(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Deletes the cluster whose name is confirmed. One that is absent is fine; the storage
-    directory stays (incident 10)."""
+    """Deletes the cluster whose name is confirmed, and its kubeconfig file. One that is absent is
+    fine; the storage directory stays (incident 10)."""
     # The spec is the one of a stored ensure, perhaps of another version: only two keys count.
     wanted = {key: spec[key] for key in ("name", "confirm") if key in spec}
     shape = {"name": Value(CLUSTER_NAME), "confirm": Value(or_null(CLUSTER_NAME), None)}
     given = checked(wanted, shape, "k3d delete")
     name = given["name"]
     with cluster_lock(machine, name):
-        if not node_containers(machine, name):
-            return {"deleted": False}
-        if given["confirm"] != name:
+        present = bool(node_containers(machine, name))
+        if present and given["confirm"] != name:
             raise Failure(
                 "refused",
                 f"deleting cluster {name}",
@@ -495,9 +494,13 @@ def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
                 f"set cluster.delete to {name} and run up, then destroy; by hand: "
                 f"hostctl k3d delete {name} --confirm {name}",
             )
-        refuse_foreign(name, node_containers(machine, name))
-        delete(machine, name)
-    return {"deleted": True}
+        if present:
+            refuse_foreign(name, node_containers(machine, name))
+            delete(machine, name)
+        written = read_record(machine, name).get("kubeconfig")
+        if written and given["confirm"] == name:
+            remove_kubeconfig(machine, written)
+    return {"deleted": present}
 
 
 def k3d_identity(machine: Machine, spec: dict[str, Any]) -> Result:

@@ -181,11 +181,16 @@ class Machine:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
             raise
-        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        _sync_directory(directory)
+
+    def remove(self, path: str) -> bool:
+        """Removes a file; False when there is none. Raises OSError."""
         try:
-            os.fsync(held)
-        finally:
-            os.close(held)
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        _sync_directory(os.path.dirname(path))
+        return True
 
     def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
         """Gives a file or directory its mode and owner. Raises OSError, also for a link: one may
@@ -372,6 +377,14 @@ class Machine:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _sync_directory(path: str) -> None:
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
 
 
 def _kill(child: Any) -> None:

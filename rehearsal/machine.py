@@ -197,6 +197,12 @@ class RehearsalMachine(Machine):
         self.set_access(path, mode, owner, group, written=True)
         aside.replace(target)
 
+    def remove(self, path: str) -> bool:
+        self._access(path).unlink(missing_ok=True)
+        there = self._file(path).exists()
+        self._file(path).unlink(missing_ok=True)
+        return there
+
     def set_access(
         self,
         path: str,

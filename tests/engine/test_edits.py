@@ -190,7 +190,7 @@ def a_managed_secrets_value(p510):
     "update Secret factory/cloudflared-factory-token",
     "update Deployment factory/cloudflared-factory",
     "update ZeroTrustTunnelCloudflared p510",
-    "update Command token cloudflared-p510",
+    "update Command token /var/lib/homelab/tunnels/p510.token",
 )
 def the_tunnels_secrets(p510):
     """Incident 15: no DNS record is touched."""
@@ -285,6 +285,30 @@ def test_all_rotations_at_once_arrive_everywhere_and_leave_nothing_to_do(p510):
     assert container.read_bytes() == before
     assert (p510.world / "machine" / "started" / "cloudflared-p510").exists()
     assert token.read_text() != old_token
+
+
+def test_files_with_secrets_that_move_leave_nothing_behind(p510):
+    """No cluster and no tunnel is replaced for it."""
+    token = "/var/lib/homelab/tunnels/p510.token"
+    content = p510.host_file(token).read_text()
+    with p510.edited() as settings:
+        settings["cluster"]["kubeconfig"]["path"] = "/etc/k3d/other"
+        settings["tunnels"]["p510"]["connector"]["tokenFile"] = "/etc/cloudflared/p510.token"
+    changes = planned(p510.up())
+    assert {change for change in changes if "token" in change} == {
+        "create Command token /etc/cloudflared/p510.token",
+        f"delete Command token {token}",
+    }
+    assert {change for change in changes if "eplace" in change} == {
+        "create-replacement Container cloudflared-p510",
+        "delete-replaced Container cloudflared-p510",
+        "replace Container cloudflared-p510",
+    }
+    assert p510.host_file("/etc/cloudflared/p510.token").read_text() == content
+    assert not p510.host_file(token).exists()
+    assert p510.host_file("/etc/k3d/other").exists()
+    assert not p510.host_file("/etc/k3d/kubeconfig").exists()
+    assert planned(p510.preview()) == set()
 
 
 # What is refused, and what only warns

@@ -20,6 +20,7 @@ from tests.engine.conftest import P510, planned
 
 pytestmark = pytest.mark.engine
 
+TOKEN = "/var/lib/homelab/tunnels/p510.token"
 URNS = Path(__file__).with_name("urns.p510.txt")
 
 
@@ -103,7 +104,7 @@ def test_the_kubeconfig_and_the_connectors_token_are_for_their_readers_alone(bro
     modes = {
         "/etc/k3d": (0o750, "root", "wheel"),
         "/etc/k3d/kubeconfig": (0o640, "root", "wheel"),
-        "/var/lib/homelab/tunnels/p510.token": (0o600, "65532", "65532"),
+        TOKEN: (0o600, "65532", "65532"),
     }
     for path, expected in modes.items():
         seen = host.stat(path)
@@ -142,6 +143,10 @@ def test_destroy_is_refused_whole_until_the_names_are_typed_and_then_leaves_no_o
     assert_order(destroy, "Container::cloudflared-p510", "Cloudflared::p510")
     connector = objects / "factory" / "Deployment.apps" / "cloudflared-factory.json"
     assert json.loads(connector.read_text())["spec"]["replicas"] == 0
+    # What nobody needs any more and would let its reader in.
+    assert not p510.host_file("/etc/k3d/kubeconfig").exists()
+    assert not p510.host_file("/var/lib/homelab/tunnels/p510.token").exists()
+    assert_order(destroy, "Container::cloudflared-p510", "Command::token " + TOKEN)
     # Incident 10, and what the host needs without Pulumi.
     assert p510.host_file("/mnt/img_pool/k3d/storage").is_dir()
     assert p510.host_file("/var/lib/homelab/hostctl").exists()

@@ -570,9 +570,12 @@ def test_the_container_on_the_host_has_no_privilege(register: Register) -> None:
 
 def test_the_token_is_written_for_the_container_before_it_starts(register: Register) -> None:
     registered = register(connector=HOST)
-    key = ("Command", "token cloudflared-p510")
+    key = ("Command", "token /var/lib/homelab/tunnels/p510.token")
     file = registered[key]
     assert file.inputs["create"].endswith("files write")
+    assert file.inputs["delete"].endswith("files remove")
+    # A delete that runs for a replacement would take what that has just written.
+    assert "triggers" not in file.inputs
     assert json.loads(file.inputs["stdin"]) == {
         "path": "/var/lib/homelab/tunnels/p510.token",
         "content": token(),
@@ -593,7 +596,7 @@ def test_a_rotated_secret_rewrites_the_file_and_leaves_the_container(register: R
     assert edits(before, after) == {
         "added": set(),
         "removed": set(),
-        "changed": {(TUNNEL, "factory"), ("Command", "token cloudflared-p510")},
+        "changed": {(TUNNEL, "factory"), ("Command", "token /var/lib/homelab/tunnels/p510.token")},
     }
 
 
