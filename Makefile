@@ -3,6 +3,8 @@ PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
 setup = $(PYTHON) -m setup
+# Only where tests/cluster is going to run.
+cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
 
 # Without cached bytecode every run compiles the providers' SDKs anew, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,7 +22,7 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 	@$(setup) -- .venv/bin/python -m rehearsal $(STACK)
 
 test: ## all tests; some of them: make test TESTS=tests/unit
-	@$(setup) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
+	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
 
 check: setup ## lint, format, types, import rule, schema; no engine
 	@.venv/bin/ruff check

@@ -126,11 +126,12 @@ class Connection:
         if host.known_hosts:
             options.append(f"UserKnownHostsFile={host.known_hosts}")
         if host.identity_file:
-            options.append(f"IdentityFile={host.identity_file}")
+            # Alone: a server counts every key that an agent offers as a failed attempt.
+            options += [f"IdentityFile={host.identity_file}", "IdentitiesOnly=yes"]
         argv = [word for option in options for word in ("-o", option)]
         if host.jump:
             # Not -J, whose hop would take none of these options and could ask (ssh(1)).
-            hop = shlex.join(["ssh", *argv, "-W", "[%h]:%p", "--", host.jump])
+            hop = shlex.join(["ssh", *argv, "-W", "[%h]:%p", "--", f"ssh://{host.jump}"])
             argv += ["-o", f"ProxyCommand={hop}"]
         return argv
 

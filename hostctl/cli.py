@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -319,7 +320,8 @@ def main(
         cause = f"{type(error).__name__} in line {line} of hostctl {HOSTCTL_VERSION}"
         failure = Failure("failed", step, cause, "this is a defect of hostctl; report this line")
         answer, code = _refusal(failure), EXIT_CODES["failed"]
-    print(json.dumps(answer), flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(answer), flush=True)
     return 0 if "--exit-zero" in arguments else code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -25,8 +26,10 @@ class Failure(Exception):
 
 
 def say(line: str) -> None:
-    """Reports progress, for a person who waits."""
-    print(f"hostctl: {line}", file=sys.stderr, flush=True)
+    """Reports progress, for a person who waits. When the connection has dropped nobody does, and
+    the work goes on to its end all the same."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"hostctl: {line}", file=sys.stderr, flush=True)
 
 
 Result = dict[str, Any]

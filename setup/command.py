@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from setup import cache, tools
+from setup import cache, ssh, tools
 from setup.cache import SetupError, say
 from setup.tools import CHECKOUT, Found
 
@@ -23,6 +23,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--env", action="store_true", help="only print the shell line that puts the tools on PATH"
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="also what tests/cluster runs on, as far as this machine can have it",
+    )
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="given after --")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped too
@@ -33,6 +38,8 @@ def main(arguments: list[str]) -> int:
             for name, tool in found.items():
                 say(f"{name}: {tool.why}")
             python_packages(found["uv"])
+        if options.cluster:
+            cluster_rig()
     except SetupError as error:
         say(f"set-up failed: {error}")
         return 1
@@ -64,6 +71,14 @@ def resolve(may_install: bool = True) -> dict[str, Found]:
         "pulumi": engine,
         "pulumi-language-python": tools.language_host(engine, uv, may_install),
     }
+
+
+def cluster_rig() -> None:
+    """Set up what tests/cluster runs on; where that cannot be had its tests are skipped."""
+    try:
+        say(f"sshd: {ssh.server().program}")
+    except SetupError as error:
+        say(f"tests/cluster/test_ssh.py cannot run here: {error}")
 
 
 def missing(found: dict[str, Found]) -> list[str]:

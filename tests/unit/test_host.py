@@ -33,7 +33,7 @@ def test_ssh_checks_host_keys_and_never_asks():
     assert {"BatchMode=yes", "StrictHostKeyChecking=yes"} <= set(words)
     hop = shlex.split(next(word for word in words if word.startswith("ProxyCommand=")))
     assert {"BatchMode=yes", "StrictHostKeyChecking=yes"} <= set(hop)
-    assert hop[-3:] == ["[%h]:%p", "--", "me@bastion"]
+    assert hop[-3:] == ["[%h]:%p", "--", "ssh://me@bastion"]
     assert words[words.index("-p") + 1] == "2222"
     assert words[-3:] == ["--", "root@p510.lan", "/var/lib/homelab/hostctl k3d stop"]
 
