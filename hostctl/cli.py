@@ -19,6 +19,7 @@ from hostctl.k3d import (
     k3d_ensure,
     k3d_identity,
     k3d_inspect,
+    k3d_kubeconfig,
     k3d_start,
     k3d_stop,
 )
@@ -95,6 +96,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
     ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster),
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
+    ("k3d", "kubeconfig"): Verb(
+        k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
+    ),
     ("kubeconfig",): Verb(
         kubeconfig,
         {

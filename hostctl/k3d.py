@@ -22,7 +22,7 @@ from hostctl.cluster import (
     refuse_docker_resolvers,
     refuse_foreign,
 )
-from hostctl.files import next_certificate_generation, remove_kubeconfig
+from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
@@ -46,6 +46,7 @@ from hostctl.spec import (
     checked,
     cluster_spec,
     or_null,
+    server_url,
 )
 from hostctl.tools import TOOLS, attempt, run_tool, tool_version
 from hostctl.waiting import (
@@ -316,15 +317,18 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     # A create that was cut off is not what was declared, however it looks.
     agrees = cluster.state == "running" and not found and not record.get("creating")
     renew = bool(fixed) and may_recreate(spec, fixed)
+    incarnation = next_incarnation(machine, record, cluster.state, identity, renew)
+    certificate = next_certificate_generation(machine, record, cluster, credentials)
+    written = record.get("kubeconfig") or {}
     return {
         "state": cluster.state,
         "detail": cluster.detail,
         "identity": identity,
         "generation": next_generation(record, agrees),
-        "incarnation": next_incarnation(machine, record, cluster.state, identity, renew),
-        "certificate_generation": next_certificate_generation(
-            machine, record, cluster, credentials
-        ),
+        "incarnation": incarnation,
+        "certificate_generation": certificate,
+        "kubeconfig_behind": incarnation == record.get("incarnation")
+        and certificate != written.get("generation", certificate),
         "differences": found,
         "live": live,
         "namespaces": namespaces,
@@ -507,15 +511,28 @@ def k3d_identity(machine: Machine, spec: dict[str, Any]) -> Result:
     """The identity of a cluster: its name and a digest of its CA certificate."""
     name = checked(spec, NAME_SPEC, "k3d identity")["name"]
     cluster = present_cluster(machine, name, "identifying")
+    return {"identity": identity_of(name, _credentials(machine, cluster))}
+
+
+def k3d_kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
+    """The kubeconfig as `hostctl kubeconfig` would write it now; writes nothing."""
+    shape = {"name": Value(CLUSTER_NAME), "server": Value(server_url)}
+    wanted = checked(spec, shape, "k3d kubeconfig")
+    name = wanted["name"]
+    cluster = present_cluster(machine, name, "reading the kubeconfig of")
+    return {"kubeconfig": render_kubeconfig(name, _credentials(machine, cluster), wanted["server"])}
+
+
+def _credentials(machine: Machine, cluster: Cluster) -> dict[str, str]:
     credentials = node_kubeconfig(machine, cluster)
     if credentials is None:
         raise Failure(
             "cannot-tell",
-            f"identifying cluster {name}",
+            f"identifying cluster {cluster.name}",
             f"{cluster.first.name} has written no kubeconfig yet",
-            f"hostctl k3d start {name}",
+            f"hostctl k3d start {cluster.name}",
         )
-    return {"identity": identity_of(name, credentials)}
+    return credentials
 
 
 def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:

@@ -2,6 +2,7 @@
 on the host.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any
@@ -36,6 +37,8 @@ class LiveCluster:
     certificate_generation: int
     differences: list[dict[str, Any]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    kubeconfig: str | None = field(default=None, repr=False)
+    """What up will write, in the preview that finds another certificate in a running cluster."""
 
     @classmethod
     def read(cls, cluster: settings.Cluster, connection: Connection) -> "LiveCluster":
@@ -52,6 +55,7 @@ class LiveCluster:
             certificate_generation=seen["certificate_generation"],
             differences=seen["differences"],
             unseen=seen["unseen"],
+            kubeconfig=_rotated_kubeconfig(cluster, connection, seen),
         )
         live.refuse_fixed_differences(cluster)
         return live
@@ -130,6 +134,20 @@ def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
         "api_wait_seconds": cluster.api_wait_seconds,
         "recreate": cluster.recreate,
     }
+
+
+def _rotated_kubeconfig(
+    cluster: settings.Cluster, connection: Connection, seen: Mapping[str, Any]
+) -> str | None:
+    """Only where a preview needs it: the key of the cluster's administrator travels no more often
+    than it must. Up takes it from the command that writes the file.
+    """
+    if not (pulumi.runtime.is_dry_run() and seen["state"] == "running"):
+        return None
+    if seen["differences"] or not seen["kubeconfig_behind"]:
+        return None
+    spec = {"name": cluster.name, "server": server_url(cluster)}
+    return connection.read(["k3d", "kubeconfig"], spec)["kubeconfig"]
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,10 @@ class Kubeconfig(pulumi.ComponentResource):
             triggers=[args.live.incarnation],
             opts=pulumi.ResourceOptions(parent=self, depends_on=[args.cluster.identity]),
         )
-        self.content = pulumi.Output.secret(
-            result(command).apply(lambda seen: _checked(seen["kubeconfig"]))
-        )
+        # A preview does not know what a changed command will print. Of a rotated certificate it is
+        # told beforehand, or the engine could not ask about anything that lives in the cluster.
+        content = args.live.kubeconfig or result(command).apply(lambda seen: seen["kubeconfig"])
+        self.content = pulumi.Output.secret(content).apply(_checked)
         self.path = pulumi.Output.from_input(file.path)
         sleeping = args.live.state == "stopped"
         self.provider = kubernetes.Provider(
@@ -76,7 +77,7 @@ class Kubeconfig(pulumi.ComponentResource):
             # not skip: its Check would hide every edit (pulumi-kubernetes, provider.go).
             delete_unreachable=False,
             skip_update_unreachable=not (sleeping and pulumi.runtime.is_dry_run()),
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[command]),
         )
         self.register_outputs({"path": self.path, "content": self.content})
 

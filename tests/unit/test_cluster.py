@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pulumi
 import pulumi_docker as docker
 import pytest
 
@@ -208,6 +209,46 @@ def test_an_edit_of_how_the_host_is_reached_does_not_touch_the_identity(register
     assert identifier(live()) == "factory-0123456789abcdef"
     assert identifier(live(state="absent", identity=None)) == UNKNOWN
     assert identifier(live(differences=[{**MOVED, "key": "image"}])) == UNKNOWN
+
+
+def test_the_preview_of_a_rotated_certificate_knows_the_kubeconfig(register):
+    rotated = f"{KUBECONFIG}\n# rotated"
+    seen = live(kubeconfig=rotated)
+    resources = register(cluster(), seen, outputs={}, preview=True)
+    provider = resources["kubernetes", "kubernetes"]
+    assert provider.inputs["kubeconfig"] == rotated
+    assert "kubeconfig" in provider.secrets
+    assert ("Command", "kubeconfig") in provider.depends_on
+    assert resources["Kubeconfig", "factory"].secret_outputs == {"content"}
+    assert rotated not in repr(seen)
+
+
+@pytest.mark.parametrize(
+    ("preview", "changes", "asked"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"kubeconfig_behind": False}, False),
+        (True, {"state": "stopped"}, False),
+    ],
+)
+def test_the_administrators_key_travels_only_for_the_preview_of_a_rotation(
+    monkeypatch, preview, changes, asked
+):
+    verbs = []
+
+    def read(_: Connection, verb: list[str], __: object) -> dict[str, Any]:
+        verbs.append(verb)
+        facts = {"differences": [], "unseen": [], "kubeconfig_behind": True, "state": "running"}
+        fixed = {"identity": "i", "generation": 1, "incarnation": "m-1"}
+        answer = {**facts, **fixed, "certificate_generation": 2, **changes}
+        return {"cluster": answer, "kubeconfig": KUBECONFIG}
+
+    monkeypatch.setattr(Connection, "read", read)
+    monkeypatch.setattr(pulumi.runtime, "is_dry_run", lambda: preview)
+    seen = LiveCluster.read(cluster(), Connection(settings.Host.model_validate({})))
+    assert (["k3d", "kubeconfig"] in verbs) == asked
+    assert seen.kubeconfig == (KUBECONFIG if asked else None)
 
 
 def test_an_empty_kubeconfig_never_reaches_the_provider(register):

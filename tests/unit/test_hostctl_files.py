@@ -55,6 +55,28 @@ def test_a_kubeconfig_that_moves_leaves_none_behind(live: Host) -> None:
     assert live.machine.exists(moved["path"])
 
 
+def test_a_rotated_kubeconfig_is_told_before_it_is_written(live: Host) -> None:
+    spec = {"name": "factory", "server": KUBECONFIG["server"]}
+    written = live.machine.read(KUBECONFIG["path"]).decode()
+    assert live.inspect()["kubeconfig_behind"] is False
+    assert live("k3d kubeconfig", spec)["kubeconfig"] == written
+    live.edit(lambda cluster: cluster.update(certificate="cm90YXRlZA=="))
+    seen = live.inspect()
+    assert seen["kubeconfig_behind"] is True
+    assert "cm90YXRlZA==" not in str(seen)
+    told = live("k3d kubeconfig", spec)["kubeconfig"]
+    assert live.machine.read(KUBECONFIG["path"]).decode() == written
+    live.up()
+    assert live.machine.read(KUBECONFIG["path"]).decode() == told
+    assert live.inspect()["kubeconfig_behind"] is False
+
+
+def test_the_kubeconfig_of_a_cluster_that_somebody_made_anew_is_not_behind(live: Host) -> None:
+    """Another cluster is no rotation: what lived in the old one is gone."""
+    live.edit(lambda cluster: cluster.update(ca="YW5vdGhlcg=="))
+    assert live.inspect()["kubeconfig_behind"] is False
+
+
 def test_a_real_machine_removes_a_file_and_says_whether_there_was_one(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("made up")
