@@ -49,7 +49,7 @@ def _recorded_kubeconfig(machine: Machine, name: str) -> dict[str, Any]:
     written = read_record(machine, name).get("kubeconfig")
     if not written:
         raise _nothing_recorded(name, "a kubeconfig")
-    keys = ("path", "owner", "group", "mode", "directory_mode", "server", "generation")
+    keys = ("path", "owner", "group", "mode", "directory_mode", "server")
     return {"cluster": name, **{key: written[key] for key in keys}}
 
 

@@ -139,10 +139,12 @@ def kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
             machine.make_directory(os.path.dirname(path), directory_mode, *account)
             machine.write_atomic(path, text.encode(), int(wanted["mode"], 8), *account)
         recorded = read_record(machine, name).get("kubeconfig") or {}
+        digest = hashlib.sha256(text.encode()).hexdigest()
         generation = wanted["generation"]
         if generation is None:
-            generation = recorded.get("generation", 0)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+            # By hand: a stack that has not seen this certificate finds another generation.
+            rotated = recorded.get("sha256", digest) != digest
+            generation = recorded.get("generation", 0) + rotated
         entry = {**file, "sha256": digest, "generation": generation}
         entry["directory_mode"] = wanted["directory_mode"]
         if entry != recorded:

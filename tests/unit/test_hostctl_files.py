@@ -71,6 +71,18 @@ def test_a_rotated_kubeconfig_is_told_before_it_is_written(live: Host) -> None:
     assert live.inspect()["kubeconfig_behind"] is False
 
 
+def test_a_rotated_kubeconfig_that_is_written_by_hand_reaches_the_stack_too(live: Host) -> None:
+    before = live.inspect()["certificate_generation"]
+    live("kubeconfig factory")
+    assert live.inspect()["certificate_generation"] == before
+    live.edit(lambda cluster: cluster.update(certificate="cm90YXRlZA=="))
+    live("kubeconfig factory")
+    assert live.inspect()["certificate_generation"] == before + 1
+    live("kubeconfig factory")
+    live.up()
+    assert live.inspect()["certificate_generation"] == before + 1
+
+
 def test_the_kubeconfig_of_a_cluster_that_somebody_made_anew_is_not_behind(live: Host) -> None:
     """Another cluster is no rotation: what lived in the old one is gone."""
     live.edit(lambda cluster: cluster.update(ca="YW5vdGhlcg=="))
