@@ -222,8 +222,17 @@ def lived(directory: Path) -> Story:
     story.see("refresh", rehearsal.refresh("--diff", "--debug"))
     for command in (["stack", "export"], ["stack", "output", "--json"], ["config"]):
         story.see(" ".join(command), rehearsal.pulumi(*command))
-    cluster = json.loads((machine / "clusters" / "factory.json").read_text())
+    cluster_file = machine / "clusters" / "factory.json"
+    cluster = json.loads(cluster_file.read_text())
     story.needles["client key of the kubeconfig"] = cluster["key"][60:100]
+    # Read by the preview itself, before any command has printed it.
+    cluster["key"] = base64.b64encode(hashlib.sha512(b"rotated").digest() * 3).decode()
+    story.needles["rotated client key of the kubeconfig"] = cluster["key"][60:100]
+    cluster_file.write_text(json.dumps(cluster))
+    story.see(
+        "the preview of a rotated key",
+        rehearsal.preview("--diff", "--debug", "--save-plan", plan),
+    )
     world = {str(path): path.read_bytes() for path in (directory / "world").rglob("*.json")}
     story.found_in_world = {source for source, _ in found(needles, world)}
 
@@ -254,6 +263,7 @@ def check_that_it_went_as_meant(story: Story) -> None:
     rotated = {step.urn for step in story.runs["the rotation"].steps if step.op.value == "update"}
     assert any(urn.endswith("::apps/whole") for urn in rotated)
     assert any(urn.endswith("::inside") for urn in rotated)
+    assert story.runs["the preview of a rotated key"].changes == {"update": 2}
 
 
 def check_that_the_search_finds_canaries_where_they_belong(story: Story) -> None:
