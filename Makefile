@@ -10,7 +10,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check bench format
+.PHONY: help setup rehearse test check fleet bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,12 +24,16 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
 
-check: setup ## lint, format, types, import rule, schema; no engine
+check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/pyright
 	@.venv/bin/lint-imports
 	@.venv/bin/python -m components.settings.schema --check
+	@.venv/bin/python -m components.settings
+
+fleet: setup ## whether two stacks want the same address, port, directory, hostname or name
+	@.venv/bin/python -m components.settings
 
 bench: ## the benchmarks
 	@$(setup) -- .venv/bin/python -m bench

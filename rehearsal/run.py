@@ -158,6 +158,8 @@ class Rehearsal:
         self._runs = len(list((self.directory / "events").iterdir()))
         self.set_faults(self.faults)
         self._write_project()
+        if self.config is None:
+            self._copy_other_stack_files()
         self.set_config(self.config if self.config is not None else self._stack_file_config())
 
     # Runs. Each returns its Run; with `check` a non-zero exit code raises RehearsalError.
@@ -305,6 +307,16 @@ class Rehearsal:
         (self.directory / "project" / "Pulumi.yaml").write_text(yaml.safe_dump(project))
         # The official language host reads from it which providers the program uses.
         shutil.copy(CHECKOUT / "uv.lock", self.directory / "project" / "uv.lock")
+
+    def _copy_other_stack_files(self) -> None:
+        """The program compares its stack with the others of its project."""
+        own, project = f"Pulumi.{self.stack}.yaml", self.directory / "project"
+        for path in project.glob("Pulumi.*.yaml"):
+            if path.name != own:
+                path.unlink()
+        for path in self.program.glob("Pulumi.*.yaml"):
+            if path.name != own:
+                shutil.copy(path, project)
 
     def _stack_file_config(self) -> dict[str, Any]:
         path = self.program / f"Pulumi.{self.stack}.yaml"

@@ -9,31 +9,40 @@ import pulumi
 import yaml
 from pulumi.runtime.config import CONFIG, get_config_env, is_config_secret
 
-from components.settings.problem import Path
+from components.settings.fleet import NAMESPACE, Stack, collisions, stack_files
+from components.settings.problem import Path, SettingsError
 from components.settings.stack import Settings
-
-_NAMESPACE = "homelab:"
 
 
 def load() -> Settings:
-    """The settings of the current stack. Raises SettingsError with all that is wrong in them.
+    """The settings of the current stack. Raises SettingsError with all that is wrong in them, or
+    with all that another stack of the project has already.
 
     The engine hands over every key of the stack file, with the defaults of Pulumi.yaml and
     encrypted values decrypted. Keys of other namespaces are the providers' and not ours.
     """
     name = f"Pulumi.{pulumi.get_stack()}.yaml"
     config = {
-        key.removeprefix(_NAMESPACE): _parsed(value)
+        key.removeprefix(NAMESPACE): _parsed(value)
         for key, value in {**get_config_env(), **CONFIG.get()}.items()
-        if key.startswith(_NAMESPACE)
+        if key.startswith(NAMESPACE)
     }
-    stack_file = _StackFile(FilePath(pulumi.runtime.get_root_directory() or ".", name))
-    return Settings.model_validate(
+    project = FilePath(pulumi.runtime.get_root_directory() or ".")
+    stack_file = _StackFile(project / name)
+    settings = Settings.model_validate(
         config,
         by_alias=True,
         by_name=False,
         context={"source": name, "visible": stack_file.shows},
     )
+    stack = Stack.of(pulumi.get_stack(), settings)
+    others = [Stack.read(file) for file in stack_files(project) if file.name != name]
+    for other in others:
+        for problem in other.problems:
+            pulumi.log.warn(f"{other.file} is compared without this: {problem}")
+    if taken := [problem for other in others for problem in collisions(stack, other)]:
+        raise SettingsError(name, taken, stack_file.shows)
+    return settings
 
 
 def _parsed(value: Any) -> Any:
@@ -59,9 +68,9 @@ class _StackFile:
         The engine marks a whole `homelab:<key>` as secret when anything in it is encrypted. What
         then stands in the file in the clear, at this very place, is none.
         """
-        if not path or not is_config_secret(f"{_NAMESPACE}{path[0]}"):
+        if not path or not is_config_secret(f"{NAMESPACE}{path[0]}"):
             return True
-        node: Any = self._config.get(f"{_NAMESPACE}{path[0]}")
+        node: Any = self._config.get(f"{NAMESPACE}{path[0]}")
         for key in path[1:]:
             try:
                 node = node[key]

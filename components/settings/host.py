@@ -10,6 +10,7 @@ from components.settings.model import (
     AbsolutePath,
     Account,
     Model,
+    Name,
     OperatorPath,
     Port,
     Text,
@@ -78,6 +79,11 @@ def _docker_of(host: dict[str, Any]) -> str:
 class Host(Model):
     """The machine that carries the platform, and how commands reach it."""
 
+    name: Name | None = Field(
+        default=None,
+        description="What the host is called: stacks whose host has the same name share its ports, "
+        "Docker networks and directories. Default: its address; with `local`, the stack's name.",
+    )
     connection: Literal["local", "ssh"] = Field(
         default="local",
         description="`local`: Pulumi runs on the host itself. `ssh`: over the OpenSSH client; "

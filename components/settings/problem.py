@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pulumi
@@ -53,14 +53,29 @@ class Problem:
 
 
 class SettingsError(pulumi.RunError):
-    """A stack file that cannot be used. Its text is all problems, a line each, and no secret."""
+    """A stack file that cannot be used. Its text is all problems, a line each, and no secret.
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    ``visible`` says of a path and its value whether the value may be shown; without it all may.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        problems: Sequence[Problem],
+        visible: Callable[[Path, Any], bool] | None = None,
+    ) -> None:
         self.source = source
-        self.problems = tuple(problems)
+        self.problems = tuple(
+            problem
+            if problem.value is None or not visible or visible(problem.path, problem.value)
+            else replace(problem, value=HIDDEN, involves=())
+            for problem in problems
+        )
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
         super().__init__(
-            "\n".join([f"{source}: {count} refused; nothing was changed.", *map(str, problems)])
+            "\n".join(
+                [f"{source}: {count} refused; nothing was changed.", *map(str, self.problems)]
+            )
         )
 
 

@@ -33,14 +33,20 @@ def validated(
     """Builds the settings, or raises SettingsError with every problem.
 
     Context: ``source`` names the stack file; ``visible`` says of a path and its value whether the
-    value may be shown.
+    value may be shown. With a list ``left_out`` the settings are built of what is right wherever
+    that is enough, for a reader who has no passphrase: problems go into the list, save those of
+    encrypted values.
     """
     try:
         settings: S | None = build(data)
         problems, refused = [], set[Path]()
     except ValidationError as error:
         details = _details(error)
-        problems = [_problem(model, detail) for detail in details]
+        problems = [
+            _problem(model, detail)
+            for detail in details
+            if "left_out" not in context or not _is_of_a_secret(model, detail)
+        ]
         # The rules between the fields that are right are checked all the same.
         mended = _Mended(model, data)
         settings, refused = mended.build(build, details), mended.paths
@@ -54,16 +60,15 @@ def validated(
                 for path in (problem.path, *problem.involves)
             )
         ]
+    if settings is not None and "left_out" in context:
+        context["left_out"].extend(problems)
+        return settings
     if settings is not None and not problems:
         return settings
     order = {section: index for index, section in enumerate(_Node(model).keys())}
     problems.sort(key=lambda problem: order.get(str(problem.path[0]), -1) if problem.path else -1)
-    visible = context.get("visible", lambda path, value: True)
     # Outside the handler above, so that no trace leads back to pydantic's error and its input.
-    raise SettingsError(
-        context.get("source", "settings"),
-        [p if p.value is None or visible(p.path, p.value) else _hidden(p) for p in problems],
-    )
+    raise SettingsError(context.get("source", "settings"), problems, context.get("visible"))
 
 
 def _details(error: ValidationError) -> list[ErrorDetails]:
@@ -73,10 +78,6 @@ def _details(error: ValidationError) -> list[ErrorDetails]:
         for detail in error.errors(include_url=False)
         if detail["type"] != "default_factory_not_called"
     ]
-
-
-def _hidden(problem: Problem) -> Problem:
-    return Problem(problem.path, HIDDEN, problem.allowed, problem.remedy, problem.verdict)
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,11 @@ def _locate(model: Any, location: Sequence[str | int]) -> tuple[Path, list[_Node
         path.append(part)
         nodes.append(node)
     return tuple(path), nodes
+
+
+def _is_of_a_secret(model: Any, detail: ErrorDetails) -> bool:
+    node = _locate(model, detail["loc"])[1][-1]
+    return node is not None and node.is_secret
 
 
 def _problem(model: Any, detail: ErrorDetails) -> Problem:

@@ -23,6 +23,18 @@ def preview(tmp_path):
     return run
 
 
+@pytest.fixture
+def beside(tmp_path):
+    """Puts the file of another stack beside the one that `preview` previews."""
+
+    def put(stack: str, text: str) -> None:
+        path = tmp_path / "rehearsal" / "project" / f"Pulumi.{stack}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return put
+
+
 def refused(run: Run) -> str:
     """The one error of a run that was refused before anything was registered but the stack."""
     assert run.code != 0
@@ -132,3 +144,29 @@ def test_a_stack_without_tunnels_neither_imports_nor_runs_cloudflares_package(tm
     cloudflare = {**ZONES, "apiToken": Secret("t" * 40)}
     stack.set_config({"cluster": CLUSTER, "cloudflare": cloudflare, "tunnels": {"one": tunnel}})
     assert "imported all the same" in "".join(errors(stack.preview(check=False)))
+
+
+def test_a_stack_that_collides_with_another_refuses_to_preview_and_names_both_files(
+    preview, beside
+):
+    beside("nas", "config: {'homelab:host': {name: dev}, 'homelab:cluster': {image: a/b:1}}\n")
+    beside("lab", "config: {'homelab:cluster': {image: a/b:1}}\n")
+    error = refused(preview({"cluster": CLUSTER}))
+    assert error.startswith("error: Pulumi.dev.yaml: 6 settings are refused; nothing was changed.")
+    assert (
+        "homelab:cluster.api.port: 6443 is also the port in Pulumi.nas.yaml,"
+        " homelab:cluster.api.port. Allowed: each port once on host dev."
+    ) in error
+    assert "Pulumi.lab.yaml" not in error
+
+
+def test_stacks_that_collide_with_each_other_do_not_stop_a_third(preview, beside):
+    for stack in ("nas", "lab"):
+        beside(stack, "config: {'homelab:host': {name: nas}, 'homelab:cluster': {image: a/b:1}}\n")
+    beside("broken", "config: [\n")
+    run = preview({"cluster": CLUSTER})
+    assert run.code == 0
+    (warning,) = (text for text in run.diagnostics if "broken" in text)
+    assert warning.startswith(
+        "warning: Pulumi.broken.yaml is compared without this: cannot be read:"
+    )

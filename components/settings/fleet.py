@@ -1,0 +1,299 @@
+"""What stacks must not share: addresses, names, and what two of them would take on one host.
+
+A preview compares its stack with the others of the project, so that it refuses while it collides
+and stacks not involved go on; ``python -m components.settings`` compares each with each. Only the
+plain values of a file are read: no passphrase is needed.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path as FilePath
+
+import yaml
+
+from components.settings.host import Host
+from components.settings.problem import Path, Problem, SettingsError, key_path, shown
+from components.settings.stack import Settings
+from components.settings.tunnel import HostConnector
+
+NAMESPACE = "homelab:"
+
+_ON_HOST, _IN_ACCOUNT = "on host ", "in Cloudflare account "
+
+# Much faster, where PyYAML was built with libyaml.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# What k3s takes without an argument, by the argument.
+_K3S_NETWORKS = {
+    "--cluster-cidr": ("pod network", "10.42.0.0/16"),
+    "--service-cidr": ("Service network", "10.43.0.0/16"),
+}
+
+# What may lie in the same addresses: stacks on one host share its address and may ask the same
+# resolvers, which may be hosts of the fleet. Pods and Services are inside the nodes alone, so
+# clusters may have the same networks; but what else has such an address is out of reach for them.
+_COEXIST = (
+    {"host address", "DNS server"},
+    {"pod network", "Service network", "DNS server"},
+)
+
+# Name of the operator's device where chart tailscale-operator is given none (operatorConfig).
+_OPERATOR = "tailscale-operator"
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """A range of IP addresses, first and last included."""
+
+    first: IPv4Address | IPv6Address
+    last: IPv4Address | IPv6Address
+
+    @classmethod
+    def of(cls, text: str) -> "Addresses":
+        """From an address, a network in CIDR notation, or `first-last`. Raises ValueError."""
+        if "/" in text:
+            network = ip_network(text, strict=False)
+            return cls(network[0], network[-1])
+        first, _, last = text.partition("-")
+        return cls(ip_address(first.strip()), ip_address((last or first).strip()))
+
+    def meets(self, other: "Addresses") -> bool:
+        """Whether any address is in both."""
+        return self.first.version == other.first.version and (
+            int(self.first) <= int(other.last) and int(other.first) <= int(self.last)
+        )
+
+
+@dataclass(frozen=True)
+class HostPort:
+    """A port of an address of a host."""
+
+    protocol: str
+    port: int
+    bind: str
+
+    def meets(self, other: "HostPort") -> bool:
+        """Whether both cannot listen at once: an unspecified address is all of them."""
+        everywhere = any(ip_address(bind).is_unspecified for bind in (self.bind, other.bind))
+        return (self.protocol, self.port) == (other.protocol, other.port) and (
+            everywhere or self.bind == other.bind
+        )
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory and all that is in it."""
+
+    path: str
+
+    def meets(self, other: "Directory") -> bool:
+        """Whether one is, or holds, the other."""
+        mine, theirs = FilePath(self.path), FilePath(other.path)
+        return mine.is_relative_to(theirs) or theirs.is_relative_to(mine)
+
+
+Extent = Addresses | HostPort | Directory | str
+"""What is compared, with its like alone; text with text of the same ``what``."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a stack wants for itself.
+
+    ``place`` is where no other may have it: on a host, in a Cloudflare account; None is everywhere.
+    """
+
+    what: str
+    value: str | int
+    path: Path
+    extent: Extent
+    place: str | None = None
+
+    def collides(self, other: "Claim") -> bool:
+        """Whether both stacks cannot have what they want."""
+        if self.place is not None and other.place is not None and self.place != other.place:
+            return False
+        if any({self.what, other.what} <= group for group in _COEXIST):
+            return False
+        match self.extent, other.extent:
+            case Addresses() as mine, Addresses() as theirs:
+                return mine.meets(theirs)
+            case HostPort() as mine, HostPort() as theirs:
+                return mine.meets(theirs)
+            case Directory() as mine, Directory() as theirs:
+                return mine.meets(theirs)
+            case str() as mine, str() as theirs:
+                return (self.what, mine) == (other.what, theirs)
+        return False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack by the name of its file and by what it claims.
+
+    ``problems`` are its settings that cannot be understood; of those it claims nothing.
+    """
+
+    file: str
+    claims: Sequence[Claim]
+    problems: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, name: str, settings: Settings, problems: Sequence[Problem] = ()) -> "Stack":
+        """A stack from its settings, without what of them is refused."""
+        refused = {problem.path for problem in problems}
+
+        def stands(path: Path) -> bool:
+            return not any(path[:length] in refused for length in range(len(path) + 1))
+
+        # Where it is not known which host or account this is, nothing there can be compared.
+        unknown = [
+            place
+            for place, paths in {
+                _ON_HOST: [("host", "name"), ("host", "address"), ("host", "connection")],
+                _IN_ACCOUNT: [("cloudflare", "accountId")],
+            }.items()
+            if not all(map(stands, paths))
+        ]
+        claims = tuple(
+            claim
+            for claim in _claims(name, settings)
+            if stands(claim.path) and not (claim.place or "").startswith(tuple(unknown))
+        )
+        return cls(f"Pulumi.{name}.yaml", claims, tuple(map(str, problems)))
+
+    @classmethod
+    def read(cls, file: FilePath) -> "Stack":
+        """A stack from its file. What cannot be understood is among ``problems``; never raises."""
+        name = file.name.removeprefix("Pulumi.").removesuffix(".yaml")
+        try:
+            content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
+            config = (content or {}).get("config") or {}
+            ours = {
+                key.removeprefix(NAMESPACE): value
+                for key, value in config.items()
+                if key.startswith(NAMESPACE)
+            }
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            return cls(file.name, (), [f"cannot be read: {error}"])
+        left_out: list[Problem] = []
+        context = {"source": file.name, "left_out": left_out}
+        try:
+            settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
+        except SettingsError as error:
+            return cls(file.name, (), tuple(map(str, error.problems)))
+        return cls.of(name, settings, left_out)
+
+
+def stack_files(directory: FilePath) -> list[FilePath]:
+    """The stack files of a project, in order."""
+    return sorted(directory.glob("Pulumi.*.yaml"))
+
+
+def collisions(stack: Stack, other: Stack) -> Iterator[Problem]:
+    """What two stacks cannot both have, as problems of the first that name the second."""
+    by_text: dict[Extent, list[Claim]] = defaultdict(list)
+    by_range: list[Claim] = []
+    for theirs in other.claims:
+        if isinstance(theirs.extent, str):
+            by_text[theirs.extent].append(theirs)
+        else:
+            by_range.append(theirs)
+    for claim in stack.claims:
+        candidates = by_text[claim.extent] if isinstance(claim.extent, str) else by_range
+        for theirs in candidates:
+            if claim.collides(theirs):
+                yield _problem(claim, theirs, other.file)
+
+
+def _problem(mine: Claim, theirs: Claim, file: str) -> Problem:
+    place = mine.place or theirs.place or "in all stacks"
+    overlap = isinstance(mine.extent, Addresses | Directory)
+    allowed = f"a {mine.what} that overlaps no other" if overlap else f"each {mine.what} once"
+    remedy = f"change it in one of the two files ({file} has {shown(theirs.value)})"
+    if place.startswith(_ON_HOST):
+        remedy += ", or, if these are two hosts, give each a name in homelab:host.name"
+    verdict = "overlaps" if overlap else "is also"
+    verdict += f" the {theirs.what} in {file}, {key_path(theirs.path)}"
+    return Problem(mine.path, mine.value, f"{allowed} {place}", remedy, verdict)
+
+
+def _machine(stack: str, host: Host) -> str:
+    """What tells hosts apart: their name, else the address that one logs in to, else, where Pulumi
+    runs on the host itself, the stack's name.
+    """
+    if host.name or not host.address:
+        return host.name or stack
+    return host.address.lower() + (f":{host.port}" if host.port != 22 else "")
+
+
+def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
+    """All that must be a stack's own. What a new setting takes is to be added here."""
+    host, cluster = settings.host, settings.cluster
+    here = _ON_HOST + _machine(stack, host)
+
+    if host.address:
+        try:
+            extent = Addresses.of(host.address)
+            yield Claim("host address", host.address, ("host", "address"), extent)
+        except ValueError:
+            pass  # a name
+
+    network = cluster.network
+    path: Path = ("cluster", "network", "subnet")
+    yield Claim("Docker network", network.subnet, path, Addresses.of(network.subnet), here)
+    path = ("cluster", "network", "name")
+    yield Claim("name of a Docker network", network.name, path, network.name, here)
+    for index, resolver in enumerate(cluster.resolvers):
+        path = ("cluster", "resolvers", index)
+        yield Claim("DNS server", resolver, path, Addresses.of(resolver), here)
+    given = {
+        argument.partition("=")[0]: (index, argument.partition("=")[2])
+        for index, argument in enumerate(cluster.k3s_args)
+    }
+    for argument, (what, default) in _K3S_NETWORKS.items():
+        index, value = given.get(argument, (None, default))
+        path = ("cluster", "k3sArgs") if index is None else ("cluster", "k3sArgs", index)
+        for text in value.split(","):
+            try:
+                yield Claim(what, text, path, Addresses.of(text), here)
+            except ValueError:
+                continue
+
+    api = cluster.api
+    path = ("cluster", "api", "port")
+    yield Claim("port", api.port, path, HostPort("tcp", api.port, api.bind), here)
+    for index, port in enumerate(cluster.ports):
+        path = ("cluster", "ports", index, "hostPort")
+        extent = HostPort(port.protocol, port.host_port, port.bind)
+        yield Claim("port", port.host_port, path, extent, here)
+    yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
+    path, directory = ("cluster", "storageDir"), cluster.storage_dir
+    yield Claim("directory of volumes", directory, path, Directory(directory), here)
+    path, file = ("cluster", "kubeconfig", "path"), cluster.kubeconfig.path
+    yield Claim("kubeconfig file", file, path, file, here)
+
+    hostnames: set[str] = set()
+    for name, tunnel in settings.tunnels.items():
+        if settings.cloudflare:
+            account = _IN_ACCOUNT + settings.cloudflare.account_id
+            yield Claim("tunnel name", name, ("tunnels", name), name, account)
+        if tunnel.adopt:
+            path = ("tunnels", name, "adopt", "id")
+            yield Claim("tunnel", tunnel.adopt.id, path, tunnel.adopt.id)
+        if isinstance(connector := tunnel.connector, HostConnector):
+            path = ("tunnels", name, "connector", "container")
+            yield Claim("container name", connector.container, path, connector.container, here)
+            path = ("tunnels", name, "connector", "tokenFile")
+            yield Claim("token file", connector.token_file, path, connector.token_file, here)
+        for index, route in enumerate(tunnel.routes):
+            if route.hostname not in hostnames:
+                hostnames.add(route.hostname)
+                path = ("tunnels", name, "routes", index, "hostname")
+                yield Claim("hostname", route.hostname, path, route.hostname)
+
+    if settings.tailscale and (operator := settings.tailscale.operator):
+        path, name = ("tailscale", "operator", "hostname"), operator.hostname or _OPERATOR
+        yield Claim("name in the tailnet", name, path, name)
