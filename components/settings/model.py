@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from components import versions
+
 _PLACEHOLDER = re.compile(r"<[^<>]*>|(?i:replace|change).?me|REPLACE.*", re.DOTALL)
 
 
@@ -248,7 +250,7 @@ Image = Annotated[
     Text(
         "an image with a tag other than `latest`, or with a digest (@sha256:...)",
         "pin the version that was tested: an unpinned image changes under the stack (incident 9)",
-        "rancher/k3s:v1.31.5-k3s1",
+        versions.K3S,
         # Docker's grammar (github.com/distribution/reference).
         rf"(?:{_HOST_LABEL}(?:\.{_HOST_LABEL})*(?::[0-9]{{1,5}})?/)?{_PART}(?:/{_PART})*"
         r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",

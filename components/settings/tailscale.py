@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr
 
+from components import versions
 from components.settings.model import Model, Name, OpaqueSecret, SecretFile, Text
 from components.settings.problem import Problem
 from components.settings.secrets import DeclaredSecret, Secret
@@ -30,9 +31,9 @@ AuthKeyValue = Annotated[
 Version = Annotated[
     str,
     Text(
-        "a whole version of the chart such as 1.86.2",
+        "a whole version of the chart: three numbers with dots",
         "pin the version that was tested",
-        "1.86.2",
+        versions.TAILSCALE_OPERATOR,
         r"[0-9]+\.[0-9]+\.[0-9]+",
     ),
 ]
@@ -69,7 +70,10 @@ class Operator(Model):
 
     client_id: OpaqueSecret = Field(description="Id of the OAuth client, encrypted.")
     client_secret: OpaqueSecret = Field(description="Secret of the OAuth client, encrypted.")
-    version: Version = Field(description="Version of the chart tailscale-operator, pinned.")
+    version: Version = Field(
+        default=versions.TAILSCALE_OPERATOR,
+        description="Version of the chart tailscale-operator, pinned.",
+    )
     hostname: Name | None = Field(
         default=None,
         description="Name of the operator in the tailnet; the chart's default where left out.",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr
 
+from components import versions
 from components.settings.model import (
     AbsolutePath,
     HexId,
@@ -273,7 +274,7 @@ class ClusterConnector(Model):
 
     kind: Literal["cluster"] = Field(description="A Deployment in the cluster.")
     namespace: Name = Field(default="factory", description="Namespace of the Deployment.")
-    image: Image = Field(description="Image of cloudflared, pinned.")
+    image: Image = Field(default=versions.CLOUDFLARED, description="Image of cloudflared, pinned.")
     replicas: Annotated[
         int,
         Number(
@@ -300,7 +301,7 @@ class HostConnector(Model):
     """cloudflared as a Docker container in the host's network: it reaches localhost's origins."""
 
     kind: Literal["host"] = Field(description="A Docker container on the host.")
-    image: Image = Field(description="Image of cloudflared, pinned.")
+    image: Image = Field(default=versions.CLOUDFLARED, description="Image of cloudflared, pinned.")
     token_file: AbsolutePath = Field(
         default="/var/lib/homelab/tunnels/<name>.token",
         description="File on the host (0600) that holds the tunnel's token; <name> is the "
@@ -395,7 +396,7 @@ class Tunnel(Model):
                 (*path, "image"),
                 image,
                 "cloudflared 2025.4.0 or newer, the first that takes its token from a file",
-                "pin a newer version, for example cloudflare/cloudflared:2025.8.1",
+                f"pin a newer version, for example {versions.CLOUDFLARED}",
                 "is too old",
             )
 
