@@ -1,0 +1,316 @@
+"""The guards that hold for every stack, whatever its settings say and whoever wrote the component.
+
+The engine hands over each resource as it is about to be registered, in preview and up, but neither
+its retainOnDelete and deletedWith nor which values are secret: those are for the components' tests.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import zip_longest
+from typing import Any
+
+from pulumi_policy import (
+    EnforcementLevel,
+    ReportViolation,
+    ResourceValidationArgs,
+    ResourceValidationPolicy,
+)
+
+_CONTAINER = "docker:index/container:Container"
+_REMOTE_IMAGE = "docker:index/remoteImage:RemoteImage"
+_RELEASE = "kubernetes:helm.sh/v3:Release"
+_PROVIDER = "pulumi:providers:kubernetes"
+
+# Where the spec of the pods is, by kind.
+_TEMPLATE = ("spec", "template", "spec")
+_POD_SPECS: Mapping[str, tuple[str, ...]] = {
+    "Pod": ("spec",),
+    "PodTemplate": ("template", "spec"),
+    "CronJob": ("spec", "jobTemplate", *_TEMPLATE),
+} | dict.fromkeys(
+    ("DaemonSet", "Deployment", "Job", "ReplicaSet", "ReplicationController", "StatefulSet"),
+    _TEMPLATE,
+)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What one resource may do although a guard says no. Patterns are those of fnmatch."""
+
+    type: str
+    name: str
+    what: str
+    reason: str
+
+
+ALLOWED = (
+    Allowed(
+        _CONTAINER,
+        "cloudflared-*",
+        "the host's network",
+        "the origins of a tunnel's host connector listen on the host's loopback",
+    ),
+)
+"""Every exception there is, each with its reason."""
+
+Violations = Iterator[str]
+Rule = Callable[[ResourceValidationArgs], Violations]
+
+POLICIES: list[ResourceValidationPolicy] = []
+"""All guards, in order of definition."""
+
+
+def guard(
+    description: str, level: EnforcementLevel = EnforcementLevel.MANDATORY
+) -> Callable[[Rule], Rule]:
+    """Makes a policy of a function that yields what is wrong with a resource.
+
+    Its name is the function's, with hyphens.
+    """
+
+    def register(rule: Rule) -> Rule:
+        def validate(args: ResourceValidationArgs, report: ReportViolation) -> None:
+            for violation in rule(args):
+                report(violation, None)
+
+        POLICIES.append(
+            ResourceValidationPolicy(rule.__name__.replace("_", "-"), description, validate, level)
+        )
+        return rule
+
+    return register
+
+
+@guard("Images and charts are pinned: an unpinned one changes under the stack (incident 9).")
+def images_are_pinned(args: ResourceValidationArgs) -> Violations:
+    """A tag other than latest, or a digest. A chart's version is whole, not a range."""
+    images: list[tuple[str, str]] = []
+    if args.resource_type == _CONTAINER:
+        images = [("image", args.props.get("image") or "")]
+    elif args.resource_type == _REMOTE_IMAGE:
+        images = [("name", args.props.get("name") or "")]
+    elif args.resource_type == _RELEASE:
+        version = args.props.get("version") or ""
+        if not re.fullmatch(r"v?\d+\.\d+\.\d+(?:[-+][\w.+-]+)?", version):
+            yield f"chart version {version or '(none)'!r} is not pinned: write a whole one"
+    else:
+        images = [
+            (f"container {container.get('name')}", container.get("image") or "")
+            for container in _containers(_pods(args))
+        ]
+    for where, image in images:
+        name, _, digest = image.partition("@")
+        tag = name.rpartition("/")[2].partition(":")[2]
+        if not (digest.startswith("sha256:") or name.startswith("sha256:")) and tag in (
+            "",
+            "latest",
+        ):
+            yield f"{where}: image {image or '(none)'!r} is not pinned: write its tag or digest"
+
+
+@guard("Workloads have no more of the host than they need: no host namespaces, no privilege.")
+def workloads_are_unprivileged(args: ResourceValidationArgs) -> Violations:
+    """Pods and containers on the host alike; exceptions are in ALLOWED, with their reasons."""
+    found: list[tuple[str, str]] = []
+    if args.resource_type == _CONTAINER:
+        props = args.props
+        for key, what in (
+            ("networkMode", "the host's network"),
+            ("pidMode", "the host's processes"),
+            ("ipcMode", "the host's IPC"),
+            ("usernsMode", "the host's user namespace"),
+        ):
+            if props.get(key) == "host":
+                found.append((what, f"{key} is host"))
+        if props.get("privileged"):
+            found.append(("privilege", "it is privileged"))
+        found += [("capabilities", f"it adds {c}") for c in _added(props.get("capabilities"))]
+        if "no-new-privileges:true" not in list(props.get("securityOpts") or ()):
+            found.append(("privilege escalation", "securityOpts lack no-new-privileges:true"))
+    pods = _pods(args)
+    if pods is not None:
+        for key, what in (
+            ("hostNetwork", "the host's network"),
+            ("hostPID", "the host's processes"),
+            ("hostIPC", "the host's IPC"),
+        ):
+            if pods.get(key):
+                found.append((what, f"{key} is true"))
+        for volume in pods.get("volumes") or ():
+            if "hostPath" in list(volume):
+                found.append(("a directory of the host", f"volume {volume.get('name')} is one"))
+        for container in _containers(pods):
+            name, context = container.get("name"), container.get("securityContext") or {}
+            if context.get("privileged"):
+                found.append(("privilege", f"container {name} is privileged"))
+            if context.get("allowPrivilegeEscalation") is not False:
+                what = "privilege escalation"
+                found.append((what, f"container {name} lacks allowPrivilegeEscalation: false"))
+            added = _added(context.get("capabilities"))
+            found += [("capabilities", f"container {name} adds {c}") for c in added]
+    for what, violation in found:
+        if not _is_allowed(args, what):
+            yield f"{violation}. Allowed only with a reason, in policy/rules.py: {what}"
+
+
+@guard("Containers do not run as root.")
+def containers_do_not_run_as_root(args: ResourceValidationArgs) -> Violations:
+    """Said by a number: neither Docker nor the kubelet can judge what an image calls itself."""
+    what = "root"
+    if _is_allowed(args, what):
+        return
+    if args.resource_type == _CONTAINER:
+        user = str(args.props.get("user") or "")
+        if not re.fullmatch(r"[1-9]\d*(?::[1-9]\d*)?", user):
+            yield f"user {user or '(none)'!r} may be root: write the number of a user and group"
+        return
+    pods = _pods(args)
+    outer = (pods or {}).get("securityContext") or {}
+    for container in _containers(pods):
+        context = container.get("securityContext") or {}
+        non_root = context.get("runAsNonRoot", outer.get("runAsNonRoot"))
+        user = context.get("runAsUser", outer.get("runAsUser"))
+        if non_root is not True or not user:
+            yield (
+                f"container {container.get('name')} may run as root: set runAsNonRoot: true and"
+                " runAsUser to a number other than 0"
+            )
+
+
+# What names a secret in an environment or on a command line; a path or name of one is none.
+_SECRET_NAME = re.compile(
+    r"(?i)(?:.*[_-])?(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|"
+    r"auth[_-]?key|private[_-]?key|credentials?)"
+)
+# Tailscale's keys, private keys, tokens in base64 of JSON (cloudflared's, JWT), GitHub's tokens.
+_SECRET_VALUE = re.compile(
+    r"tskey-[a-z]+-\w|-----BEGIN [A-Z ]*PRIVATE KEY|eyJ[\w-]{16}|gh[pousr]_\w{20}"
+)
+_URL_PASSWORD = re.compile(r"\w+://[^/\s:@]+:[^/\s@]+@")
+
+
+@guard("Secrets come from Secrets or files: environments and arguments are shown to anyone.")
+def secrets_are_not_in_the_clear(args: ResourceValidationArgs) -> Violations:
+    """No literal value of a variable or option that names a secret, and none that looks like one.
+
+    Values are not repeated.
+    """
+    environment: list[tuple[str, str, Any]] = []
+    arguments: list[tuple[str, Sequence[Any]]] = []
+    if args.resource_type == _CONTAINER:
+        for variable in args.props.get("envs") or ():
+            name, _, value = variable.partition("=")
+            environment.append(("", name, value))
+        arguments = [("", [*(args.props.get(k) or ())]) for k in ("entrypoints", "command")]
+    for container in _containers(_pods(args)):
+        where = f"container {container.get('name')}: "
+        environment += [
+            (where, variable.get("name") or "", variable.get("value"))
+            for variable in container.get("env") or ()
+        ]
+        arguments += [(where, [*(container.get(key) or ())]) for key in ("command", "args")]
+    for where, name, value in environment:
+        if value and (_SECRET_NAME.fullmatch(name) or _looks_secret(value)):
+            yield f"{where}variable {name} has a value in the clear: take it from a Secret or file"
+    for where, words in arguments:
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            option, _, value = str(word).partition("=")
+            given = value or (following if not str(following).startswith("-") else "")
+            named = option.startswith("-") and _SECRET_NAME.fullmatch(option.lstrip("-"))
+            if (named and given) or _looks_secret(word):
+                yield f"{where}argument {option[:40]} holds a secret: name a file in its place"
+    if args.resource_type == "kubernetes:core/v1:ConfigMap":
+        for name, value in (args.props.get("data") or {}).items():
+            if _looks_secret(value):
+                yield f"key {name} holds a secret in the clear: keep it in a Secret"
+
+
+@guard("What cannot be made again as it was is protected (incident 10).")
+def what_lasts_is_protected(args: ResourceValidationArgs) -> Violations:
+    """Cluster, its network, tunnels. `delete` in the settings takes the protection away: a stack
+    that shall go is run without this pack.
+    """
+    parent = (args.opts.parent or "").rpartition("::")[0].rpartition("::")[2].rpartition("$")[2]
+    what = {
+        "cloudflare:index/zeroTrustTunnelCloudflared:ZeroTrustTunnelCloudflared": "tunnel",
+        "docker:index/network:Network": "network",
+    }.get(args.resource_type)
+    if args.resource_type == "command:local:Command" and args.name == "cluster":
+        what = "cluster" if parent == "homelab:index:K3dCluster" else None
+    if what and not args.opts.protect:
+        yield f"{what} {args.name} is not protected: remove its `delete` from the settings"
+
+
+@guard("A tunnel's records are proxied, with the only ttl that Cloudflare takes for them.")
+def records_of_tunnels_are_proxied(args: ResourceValidationArgs) -> Violations:
+    """Unproxied, the record names no host that exists, and the login in front is gone."""
+    if args.resource_type != "cloudflare:index/dnsRecord:DnsRecord":
+        return
+    # The content last: it is not known while the tunnel is not made.
+    wrong = [] if args.props.get("proxied") is True else ["proxied is not true"]
+    if args.props.get("ttl") != 1:
+        wrong.append("ttl is not 1 (automatic)")
+    if wrong and str(args.props.get("content")).rstrip(".").endswith(".cfargotunnel.com"):
+        yield f"record {args.name} points to a tunnel: {' and '.join(wrong)}"
+
+
+@guard("A kubernetes Provider knows its cluster; no object takes an ambient kubeconfig.")
+def objects_know_their_cluster(args: ResourceValidationArgs) -> Violations:
+    """Without kubeconfig the provider takes ~/.kube/config, another cluster. Without
+    clusterIdentifier another address of the same cluster replaces all objects.
+    """
+    if args.resource_type == _PROVIDER:
+        given = list(args.props)
+        for key in ("kubeconfig", "clusterIdentifier"):
+            if key not in given:
+                yield f"Provider {args.name} has no {key}"
+    elif args.resource_type.startswith("kubernetes:"):
+        provider = args.provider.name if args.provider else "default"
+        if provider.startswith("default"):
+            yield f"{args.name} has no provider of its own: give it the cluster's"
+
+
+@guard("Namespaces say which Pod Security Standard holds in them.", EnforcementLevel.ADVISORY)
+def namespaces_have_pod_security(args: ResourceValidationArgs) -> Violations:
+    """Advisory: in namespaces that ArgoCD fills it is not ours to choose."""
+    if args.resource_type == "kubernetes:core/v1:Namespace":
+        label = "pod-security.kubernetes.io/enforce"
+        if label not in list((args.props.get("metadata") or {}).get("labels") or ()):
+            yield f"namespace {args.name} has no label {label}"
+
+
+def _pods(args: ResourceValidationArgs) -> Mapping[str, Any] | None:
+    """The spec of a workload's pods; None of what is no workload."""
+    package, _, kind = args.resource_type.rpartition(":")
+    if not package.startswith("kubernetes:") or kind not in _POD_SPECS:
+        return None
+    spec: Any = args.props
+    for key in _POD_SPECS[kind]:
+        spec = spec.get(key) or {}
+    return spec
+
+
+def _containers(pods: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    for key in ("initContainers", "containers", "ephemeralContainers"):
+        yield from (pods or {}).get(key) or ()
+
+
+def _added(capabilities: Any) -> Iterable[str]:
+    """Capabilities that are added, in Kubernetes' key or Docker's."""
+    given = capabilities or {}
+    return given.get("add") or given.get("adds") or ()
+
+
+def _looks_secret(value: Any) -> bool:
+    text = str(value)
+    return bool(_SECRET_VALUE.search(text) or _URL_PASSWORD.search(text))
+
+
+def _is_allowed(args: ResourceValidationArgs, what: str) -> bool:
+    return any(
+        (entry.type, entry.what) == (args.resource_type, what)
+        and fnmatchcase(args.name, entry.name)
+        for entry in ALLOWED
+    )
