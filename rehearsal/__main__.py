@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -20,17 +21,24 @@ def main() -> int:
     parser.add_argument(
         "--directory", type=Path, help="default: in the cache, one a checkout and stack"
     )
+    parser.add_argument(
+        "--environment",
+        action="store_true",
+        help="run nothing: prepare DIRECTORY/project and print what pulumi needs in its environment"
+        " to run there, NAME=value a line",
+    )
     options = parser.parse_args()
     stack = options.stack
     checkout = hashlib.sha256(str(CHECKOUT).encode()).hexdigest()[:12]
     directory = options.directory or cache.root() / "rehearsal" / checkout / stack
     directory = directory.absolute()
-    say(f"REHEARSAL of {stack}: stand-in providers, nothing real is touched")
+    if not options.environment:
+        say(f"REHEARSAL of {stack}: stand-in providers, nothing real is touched")
     with cache.lock(directory.with_name(f".{directory.name}.lock"), f"a rehearsal of {stack}"):
         if not options.keep:
             shutil.rmtree(directory, ignore_errors=True)
         try:
-            return rehearse(directory, stack)
+            return (environment if options.environment else rehearse)(directory, stack)
         except RehearsalError as error:
             failed = f"{error.run.command}` exited with code {error.run.code}"
             return fail(f"rehearsal of {stack}: `{failed}; what it left: {directory}")
@@ -56,6 +64,14 @@ def rehearse(directory: Path, stack: str) -> int:
     changes = sum(again.changes.values())
     say(f"rehearsed {stack}: {count} resources, second run {changes} changes, {seconds:.0f} s")
     return 1 if changes else 0
+
+
+def environment(directory: Path, stack: str) -> int:
+    """Prints the variables of a run that differ from this process's own."""
+    for name, value in Rehearsal(directory, stack).process_environment().items():
+        if os.environ.get(name) != value:
+            say(f"{name}={value}")
+    return 0
 
 
 def say(line: str) -> None:

@@ -245,3 +245,19 @@ def wait_for(seen: Callable[[], bool], seconds: float = 60) -> None:
     while not seen():
         assert time.monotonic() < end, "not seen in time"
         time.sleep(0.1)
+
+
+def test_another_program_can_run_pulumi_in_a_rehearsal_that_was_prepared_for_it(tmp_path):
+    directory = tmp_path / "p510"
+    prepare = [sys.executable, "-m", "rehearsal", "p510", "--directory", directory, "--environment"]
+    printed = subprocess.run(prepare, cwd=CHECKOUT, check=True, capture_output=True, text=True)
+    environment = dict(line.split("=", 1) for line in printed.stdout.splitlines())
+    preview = subprocess.run(
+        ["pulumi", "preview", "--stack", "p510", "--non-interactive"],
+        cwd=directory / "project",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert preview.returncode == 0, preview.stdout + preview.stderr
+    assert "rehearsal: made up values for 22 files" in preview.stdout
