@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
@@ -129,6 +130,14 @@ _SEGMENT = r"[A-Za-z0-9_@+=,.-]+"
 def is_clean_path(path: str) -> bool:
     """No way up or around, and no longer than Linux takes."""
     return len(path) <= 4096 and not {".", ".."} & set(path.split("/"))
+
+
+def is_ipv4(text: str) -> bool:
+    try:
+        IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def hostname_is_valid(name: str) -> bool:
