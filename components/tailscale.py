@@ -16,6 +16,7 @@ import pulumi_kubernetes as kubernetes
 from components import settings
 from components.cluster import Cluster
 from components.settings.tailscale import NAMESPACE
+from components.versions import TAILSCALE_OPERATOR
 
 # The chart reads this name when it is given no credentials; given some, they would lie in the
 # release's values.
@@ -85,9 +86,9 @@ class TailscaleOperator(pulumi.ComponentResource):
             "tailscale-operator",
             name="tailscale-operator",
             namespace=NAMESPACE,
-            chart="tailscale-operator",
+            chart=TAILSCALE_OPERATOR.name,
             version=operator.version,
-            repository_opts={"repo": "https://pkgs.tailscale.com/helmcharts"},
+            repository_opts={"repo": TAILSCALE_OPERATOR.repository},
             values={"operatorConfig": values},
             opts=pulumi.ResourceOptions.merge(
                 options, pulumi.ResourceOptions(depends_on=[credentials])

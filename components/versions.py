@@ -1,15 +1,26 @@
 """Versions of all images and charts that the project names: nothing else may name another one.
 
-Renovate updates them by the comment above each (renovate.json), and repeats an image's in the pages
-that show it. A stack file may pin its own, and for its cluster must: a node image takes effect only
-where a cluster is made anew, so it does not follow what is newest here.
+Renovate updates them (renovate.json), here and in the pages that show them. A stack file may pin
+its own, and for its cluster must: a node image takes effect only where a cluster is made anew, so
+it does not follow what is newest here.
 """
 
-# renovate: datasource=docker depName=rancher/k3s
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of a Helm repository, at one version."""
+
+    name: str
+    repository: str
+    version: str
+
+
 K3S = "rancher/k3s:v1.31.5-k3s1"
-
-# renovate: datasource=docker depName=cloudflare/cloudflared
 CLOUDFLARED = "cloudflare/cloudflared:2025.8.1"
+BUSYBOX = "docker.io/library/busybox:1.37.0"
 
-# renovate: datasource=helm depName=tailscale-operator registryUrl=https://pkgs.tailscale.com/helmcharts
-TAILSCALE_OPERATOR = "1.86.2"
+METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")
+TAILSCALE_OPERATOR = Chart("tailscale-operator", "https://pkgs.tailscale.com/helmcharts", "1.86.2")
+TRAEFIK = Chart("traefik", "https://traefik.github.io/charts", "41.3.0")

@@ -6,14 +6,17 @@ plain values of a file are read: no passphrase is needed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
 
 import yaml
 
+from components.settings.cluster import Cluster
+from components.settings.existing import ExistingCluster
 from components.settings.host import Host
+from components.settings.network import Network
 from components.settings.problem import Path, Problem, SettingsError, key_path, shown
 from components.settings.stack import Settings
 from components.settings.tunnel import HostConnector
@@ -31,13 +34,26 @@ _K3S_NETWORKS = {
     "--service-cidr": ("Service network", "10.43.0.0/16"),
 }
 
-# What may lie in the same addresses: stacks on one host share its address and may ask the same
-# resolvers, which may be hosts of the fleet. Pods and Services are inside the nodes alone, so
-# clusters may have the same networks; but what else has such an address is out of reach for them.
-_COEXIST = (
-    {"host address", "DNS server"},
-    {"pod network", "Service network", "DNS server"},
-)
+# What may lie in the same addresses, each pair under one of the two. Stacks in one LAN have its
+# router, its DHCP range and its reserved addresses in common; a machine may be the host of one, a
+# node of another and a resolver of both. Pods and Services are inside the nodes alone, so clusters
+# may have the same networks; but what else has such an address is out of reach for them.
+_BESIDE = {
+    "LAN": {
+        *("LAN", "router", "DHCP range", "reserved address", "address pool"),
+        *("host address", "node address", "DNS server"),
+    },
+    "router": {"router"},
+    "DHCP range": {"DHCP range", "reserved address"},
+    "reserved address": {"reserved address", "host address", "node address"},
+    "host address": {"host address", "node address"},
+    "DNS server": {
+        *("DNS server", "router", "DHCP range", "reserved address", "host address"),
+        *("node address", "pod network", "Service network"),
+    },
+    "pod network": {"pod network", "Service network"},
+    "Service network": {"Service network"},
+}
 
 # Name of the operator's device where chart tailscale-operator is given none (operatorConfig).
 _OPERATOR = "tailscale-operator"
@@ -115,7 +131,7 @@ class Claim:
         """Whether both stacks cannot have what they want."""
         if self.place is not None and other.place is not None and self.place != other.place:
             return False
-        if any({self.what, other.what} <= group for group in _COEXIST):
+        if other.what in _BESIDE.get(self.what, ()) or self.what in _BESIDE.get(other.what, ()):
             return False
         match self.extent, other.extent:
             case Addresses() as mine, Addresses() as theirs:
@@ -241,6 +257,39 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
         except ValueError:
             pass  # a name
 
+    yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
+    if isinstance(cluster, Cluster):
+        yield from _claims_of_k3d(cluster, here)
+    else:
+        yield from _claims_of_existing(cluster)
+    # In front of k3d nodes a pool lies in their Docker network, which no other host sees.
+    yield from _claims_of_lan(settings.network, here if isinstance(cluster, Cluster) else None)
+
+    hostnames: set[str] = set()
+    for name, tunnel in settings.tunnels.items():
+        if settings.cloudflare:
+            account = _IN_ACCOUNT + settings.cloudflare.account_id
+            yield Claim("tunnel name", name, ("tunnels", name), name, account)
+        if tunnel.adopt:
+            path = ("tunnels", name, "adopt", "id")
+            yield Claim("tunnel", tunnel.adopt.id, path, tunnel.adopt.id)
+        if isinstance(connector := tunnel.connector, HostConnector):
+            path = ("tunnels", name, "connector", "container")
+            yield Claim("container name", connector.container, path, connector.container, here)
+            path = ("tunnels", name, "connector", "tokenFile")
+            yield Claim("token file", connector.token_file, path, connector.token_file, here)
+        for index, route in enumerate(tunnel.routes):
+            if route.hostname not in hostnames:
+                hostnames.add(route.hostname)
+                path = ("tunnels", name, "routes", index, "hostname")
+                yield Claim("hostname", route.hostname, path, route.hostname)
+
+    if settings.tailscale and (operator := settings.tailscale.operator):
+        path, name = ("tailscale", "operator", "hostname"), operator.hostname or _OPERATOR
+        yield Claim("name in the tailnet", name, path, name)
+
+
+def _claims_of_k3d(cluster: Cluster, here: str) -> Iterator[Claim]:
     network = cluster.network
     path: Path = ("cluster", "network", "subnet")
     yield Claim("Docker network", network.subnet, path, Addresses.of(network.subnet), here)
@@ -269,31 +318,49 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
         path = ("cluster", "ports", index, "hostPort")
         extent = HostPort(port.protocol, port.host_port, port.bind)
         yield Claim("port", port.host_port, path, extent, here)
-    yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
     path, directory = ("cluster", "storageDir"), cluster.storage_dir
     yield Claim("directory of volumes", directory, path, Directory(directory), here)
     path, file = ("cluster", "kubeconfig", "path"), cluster.kubeconfig.path
     yield Claim("kubeconfig file", file, path, file, here)
 
-    hostnames: set[str] = set()
-    for name, tunnel in settings.tunnels.items():
-        if settings.cloudflare:
-            account = _IN_ACCOUNT + settings.cloudflare.account_id
-            yield Claim("tunnel name", name, ("tunnels", name), name, account)
-        if tunnel.adopt:
-            path = ("tunnels", name, "adopt", "id")
-            yield Claim("tunnel", tunnel.adopt.id, path, tunnel.adopt.id)
-        if isinstance(connector := tunnel.connector, HostConnector):
-            path = ("tunnels", name, "connector", "container")
-            yield Claim("container name", connector.container, path, connector.container, here)
-            path = ("tunnels", name, "connector", "tokenFile")
-            yield Claim("token file", connector.token_file, path, connector.token_file, here)
-        for index, route in enumerate(tunnel.routes):
-            if route.hostname not in hostnames:
-                hostnames.add(route.hostname)
-                path = ("tunnels", name, "routes", index, "hostname")
-                yield Claim("hostname", route.hostname, path, route.hostname)
 
-    if settings.tailscale and (operator := settings.tailscale.operator):
-        path, name = ("tailscale", "operator", "hostname"), operator.hostname or _OPERATOR
-        yield Claim("name in the tailnet", name, path, name)
+def _claims_of_existing(cluster: ExistingCluster) -> Iterator[Claim]:
+    for name, node in cluster.nodes.items():
+        path: Path = ("cluster", "nodes", name, "address")
+        yield Claim("node address", node.address, path, Addresses.of(node.address))
+    for what, key, text in (
+        ("pod network", "podSubnet", cluster.pod_subnet),
+        ("Service network", "serviceSubnet", cluster.service_subnet),
+    ):
+        yield Claim(what, text, ("cluster", key), Addresses.of(text))
+
+
+def _claims_of_lan(network: Network, place: str | None) -> Iterator[Claim]:
+    if (lan := network.lan) is not None:
+        path: Path = ("network", "lan", "subnet")
+        yield Claim("LAN", lan.subnet, path, Addresses.of(lan.subnet))
+        path = ("network", "lan", "gateway")
+        yield Claim("router", lan.gateway, path, Addresses.of(lan.gateway))
+        for name, address in lan.reserved.items():
+            path = ("network", "lan", "reserved", name)
+            yield Claim("reserved address", address, path, Addresses.of(address))
+        if lan.dhcp is not None:
+            # Without what the router reserves: the machines that have that are known.
+            for part in _without(Addresses.of(lan.dhcp), map(ip_address, lan.reserved.values())):
+                yield Claim("DHCP range", lan.dhcp, ("network", "lan", "dhcp"), part)
+    for index, pool in enumerate(network.metallb.pools if network.metallb else ()):
+        path = ("network", "metallb", "pools", index, "addresses")
+        yield Claim("address pool", pool.addresses, path, Addresses.of(pool.addresses), place)
+
+
+def _without(
+    addresses: Addresses, taken: Iterable[IPv4Address | IPv6Address]
+) -> Iterator[Addresses]:
+    first = addresses.first
+    for address in sorted(taken, key=int):
+        if int(first) <= int(address) <= int(addresses.last):
+            if int(first) < int(address):
+                yield Addresses(first, address - 1)
+            first = address + 1
+    if int(first) <= int(addresses.last):
+        yield Addresses(first, addresses.last)

@@ -33,7 +33,7 @@ Version = Annotated[
     Text(
         "a whole version of the chart: three numbers with dots",
         "pin the version that was tested",
-        versions.TAILSCALE_OPERATOR,
+        versions.TAILSCALE_OPERATOR.version,
         r"[0-9]+\.[0-9]+\.[0-9]+",
     ),
 ]
@@ -71,7 +71,7 @@ class Operator(Model):
     client_id: OpaqueSecret = Field(description="Id of the OAuth client, encrypted.")
     client_secret: OpaqueSecret = Field(description="Secret of the OAuth client, encrypted.")
     version: Version = Field(
-        default=versions.TAILSCALE_OPERATOR,
+        default=versions.TAILSCALE_OPERATOR.version,
         description="Version of the chart tailscale-operator, pinned.",
     )
     hostname: Name | None = Field(

@@ -49,6 +49,28 @@ def on_host(**more: Any) -> dict[str, Any]:
     return tunnel(connector={"kind": "host", "image": image, **more})
 
 
+def on_lan(name: str, node: int, pool: int, **lan: Any) -> Stack:
+    """A cluster that is there already, with one node and two addresses for Services in the LAN."""
+    router = {"gateway": "192.168.1.1", "dhcp": "192.168.1.99-192.168.1.121"}
+    lan = {"subnet": "192.168.1.0/24", **router, "reserved": {"nas": "192.168.1.100"}, **lan}
+    pools = [{"name": "pool", "addresses": f"192.168.1.{pool}-192.168.1.{pool + 1}"}]
+    cluster = {
+        "kind": "existing",
+        "name": name,
+        "kubeconfig": {"file": "/etc/kubeconfig", "context": "admin"},
+        "nodes": {"one": {"address": f"192.168.1.{node}"}},
+        "podSubnet": "10.244.0.0/16",
+        "serviceSubnet": "10.96.0.0/12",
+        "storageClass": "longhorn",
+    }
+    network = {"lan": lan, "metallb": {"pools": pools}}
+    config = {"cluster": cluster, "network": network, "host": {"name": name}}
+    # Compared, and not judged by itself: that is for the tests of its settings.
+    context = {"left_out": []}
+    settings = Settings.model_validate(config, by_alias=True, by_name=False, context=context)
+    return Stack.of(name, settings)
+
+
 def keys(mine: Stack, other: Stack) -> list[str]:
     """The refused keys of the first, which must be as many as those of the second."""
     found = [key_path(problem.path) for problem in collisions(mine, other)]
@@ -73,10 +95,10 @@ class TestCollisions:
     def test_on_one_host_they_share_all_that_has_a_default(self) -> None:
         host = {"host": {"name": "nas"}}
         assert keys(stack("a", **host), stack("b", **host)) == [
+            "homelab:cluster.name",
             "homelab:cluster.network.subnet",
             "homelab:cluster.network.name",
             "homelab:cluster.api.port",
-            "homelab:cluster.name",
             "homelab:cluster.storageDir",
             "homelab:cluster.kubeconfig.path",
         ]
@@ -188,6 +210,37 @@ class TestCollisions:
         cluster = {"k3sArgs": ["--service-cidr=10.43.0.0/17,fd00::/108"]}
         other = stack("b", host=host, cluster={"api": {"bind": "10.0.0.1"}})
         assert keys(stack("a", cluster=cluster), other) == expected
+
+    def test_stacks_of_one_lan_share_its_router_and_dhcp_range_and_what_is_reserved(self) -> None:
+        assert keys(on_lan("a", 10, 240), on_lan("b", 20, 230)) == []
+
+    @pytest.mark.parametrize(
+        ("node", "pool", "lan", "expected"),
+        [
+            (20, 241, {}, ["network.metallb.pools[0].addresses"]),
+            (10, 230, {}, ["cluster.nodes.one.address"]),
+            (240, 230, {}, ["network.metallb.pools[0].addresses"]),
+            # A host inside another's DHCP range, unless the router reserves its address (X2).
+            (120, 230, {"dhcp": None}, ["network.lan.dhcp"]),
+            (100, 230, {"dhcp": None}, []),
+            (20, 120, {"dhcp": None}, ["network.lan.dhcp"]),
+        ],
+    )
+    def test_addresses_of_one_lan_have_one_owner(
+        self, node: int, pool: int, lan: dict[str, Any], expected: list[str]
+    ) -> None:
+        found = keys(on_lan("a", 10, 240), on_lan("b", node, pool, **lan))
+        assert found == [f"homelab:{key}" for key in expected]
+
+    def test_a_docker_network_over_the_lan_of_another_stack_is_refused(self) -> None:
+        mine = stack("a", cluster={"network": {"subnet": "192.168.0.0/16"}})
+        assert set(keys(mine, on_lan("b", 10, 240))) == {"homelab:cluster.network.subnet"}
+
+    def test_a_pool_in_front_of_k3d_is_known_on_its_own_host_alone(self) -> None:
+        pools = [{"name": "pool", "addresses": "172.30.255.0/28"}]
+        cluster = {"network": {"subnet": "172.30.0.0/16"}}
+        network = {"metallb": {"pools": pools}}
+        assert keys(stack("a", cluster=cluster, network=network), stack("b")) == []
 
     def test_a_collision_is_told_with_both_files_both_keys_both_values_and_the_remedy(self) -> None:
         mine = stack("a", host={"name": "nas"})

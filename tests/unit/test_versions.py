@@ -23,7 +23,8 @@ from setup import tools
 ROOT = Path(__file__).parents[2]
 VERSIONS = ROOT / "components" / "versions.py"
 DECLARED = {name: value for name, value in vars(versions).items() if name.isupper()}
-IMAGES = {value.partition(":")[0]: value for value in DECLARED.values() if "/" in value}
+IMAGES = [value for value in DECLARED.values() if isinstance(value, str)]
+CHARTS = [value for value in DECLARED.values() if isinstance(value, versions.Chart)]
 
 # An image with a path and a version, such as `rancher/k3s:v1.31.5-k3s1`; a name that something
 # else stands before is another image or a URL.
@@ -81,30 +82,27 @@ def test_no_other_part_of_the_program_names_a_version(path: Path) -> None:
 
 @pytest.mark.parametrize("path", shown(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_an_image_is_shown_in_its_current_version(path: Path) -> None:
-    assert set(_IMAGE.findall(path.read_text())) <= set(IMAGES.values())
+    assert set(_IMAGE.findall(path.read_text())) <= set(IMAGES)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("Pulumi.*.yaml")), ids=lambda p: p.name)
 def test_comments_of_a_stack_file_show_images_in_their_current_version(path: Path) -> None:
     comments = " ".join(re.findall(r"#.*", path.read_text()))
-    assert set(_IMAGE.findall(comments)) <= set(IMAGES.values())
+    assert set(_IMAGE.findall(comments)) <= set(IMAGES)
 
 
 def test_images_are_pinned_as_the_settings_demand() -> None:
     assert IMAGES
-    for image in IMAGES.values():
+    for image in IMAGES:
         assert TypeAdapter(Image).validate_python(image) == image
 
 
 def test_renovate_finds_every_declared_version() -> None:
     seen = {(f["depName"], f["currentValue"]) for f in found(VERSIONS)}
-    declared = {
-        (value.partition(":")[0], value.partition(":")[2].partition("@")[0])
-        if "/" in value
-        else (name.lower().replace("_", "-"), value)
-        for name, value in DECLARED.items()
-    }
-    assert seen == declared
+    images = {tuple(image.partition("@")[0].rsplit(":", 1)) for image in IMAGES}
+    assert seen == images | {(chart.name, chart.version) for chart in CHARTS}
+    repositories = {f["registryUrl"] for f in found(VERSIONS) if f["datasource"] == "helm"}
+    assert repositories == {chart.repository for chart in CHARTS}
 
 
 @pytest.mark.parametrize("path", shown(), ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -116,7 +114,7 @@ def test_renovate_finds_every_image_that_is_shown(path: Path) -> None:
 @pytest.mark.parametrize("name", ["docs/settings.md", "settings.schema.json"])
 def test_renovate_finds_the_charts_that_are_shown_and_they_are_current(name: str) -> None:
     seen = [f for f in found(ROOT / name) if f["datasource"] == "helm"]
-    assert [f["currentValue"] for f in seen] == [versions.TAILSCALE_OPERATOR]
+    assert [f["currentValue"] for f in seen] == [versions.TAILSCALE_OPERATOR.version]
 
 
 def test_renovate_finds_what_set_up_installs() -> None:
