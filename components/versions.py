@@ -19,6 +19,9 @@ class Chart:
 
 K3S = "rancher/k3s:v1.31.5-k3s1"
 CLOUDFLARED = "cloudflare/cloudflared:2025.8.1"
+CURL = (
+    "curlimages/curl:8.11.1@sha256:c1fe1679c34d9784c1b0d1e5f62ac0a79fca01fb6377cdd33e90473c6f9f9a69"
+)
 BUSYBOX = "docker.io/library/busybox:1.37.0"
 
 METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")
