@@ -52,6 +52,12 @@ ALLOWED = (
         "the host's network",
         "the origins of a tunnel's host connector listen on the host's loopback",
     ),
+    Allowed(
+        _CONTAINER,
+        "keepalive-*",
+        "the host's network",
+        "it asks the origins of a host connector, which listen on the host's loopback",
+    ),
 )
 """Every exception there is, each with its reason."""
 
