@@ -279,6 +279,8 @@ class Engine:
              "--change", "ENV PATH=/bin:/sbin:/usr/bin:/usr/sbin", "-", "node"],
             stdin=archive.stdout, stdout=subprocess.DEVNULL,
         )  # fmt: skip
+        assert archive.stdout
+        archive.stdout.close()
         if load.wait() or archive.wait():
             raise RuntimeError("the node's image could not be imported")
         version = NODE_IMAGE.rpartition(":")[2].replace("-", "+", 1)

@@ -15,7 +15,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// stages tell KWOK how the pods of a node go, except those with restartPolicy Never: see pods.go.
+// stages tell KWOK how a node and its pods go, except those with restartPolicy Never: see pods.go.
 //
 //go:embed stages.yaml
 var stages string
@@ -80,7 +80,8 @@ func (n *node) run(ctx context.Context, running *processes) error {
 	}
 	say("info", "Successfully registered node %s", n.name)
 	file := "/var/lib/kwok/stages.yaml"
-	if err := write(file, stages, 0o644); err != nil {
+	text := strings.ReplaceAll(stages, "K3S_VERSION", string(mustRead(versionInNode)))
+	if err := write(file, text, 0o644); err != nil {
 		return err
 	}
 	if err := running.start("kwok", "--kubeconfig="+n.kubeconfig, "--config="+file,
