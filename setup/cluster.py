@@ -29,10 +29,16 @@ COMPONENTS = {
     "kwok": "sigs.k8s.io/kwok/cmd/kwok",
     "coredns": "github.com/coredns/coredns",
 }
-_IPTABLES = (
-    "iptables libip4tc2 libip6tc2 libxtables12 libmnl0 libnftnl11 libnfnetlink0 "
-    "libnetfilter-conntrack3"
-).split()
+_IPTABLES = [
+    "iptables",
+    "libip4tc2",
+    "libip6tc2",
+    "libxtables12",
+    "libmnl0",
+    "libnftnl11",
+    "libnfnetlink0",
+    "libnetfilter-conntrack3",
+]
 _ENGINE_PACKAGES = ["docker.io", "containerd", "runc", "tini", *_IPTABLES]
 _NODE_PACKAGES = ["busybox-static", "libc6", "libc-bin", *_IPTABLES]
 
@@ -73,7 +79,9 @@ def resolve() -> Rig:
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, components, stand_in),
     )
-    return Rig([k3d.directory, components / "bin", engine / "bin"], components / "bin", root / "root")
+    return Rig(
+        [k3d.directory, components / "bin", engine / "bin"], components / "bin", root / "root"
+    )
 
 
 def _k3d_release(directory: Path) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from setup import cluster
 from setup.cache import SetupError
-
 from tests.cluster.engine import NODE_IMAGE, Engine, engine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def spec() -> dict[str, Any]:
         "resolvers": ["1.1.1.1", "9.9.9.9"],
         "storage_dir": "/mnt/img_pool/k3d/storage",
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
-        "api_wait_seconds": 300,
+        "api_wait_seconds": 120,
     }
 
 

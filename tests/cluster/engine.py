@@ -7,6 +7,7 @@ dockerd, containerd and every container with it, whatever became of the test).
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -23,8 +24,19 @@ NODE_IMAGE = "rancher/k3s:v1.31.5-k3s1"
 """The stand-in's name in the engine: the image that p510 declares."""
 
 # k3d's own images, which the stand-in also plays.
-_HELPERS = {"ghcr.io/k3d-io/k3d-tools:5.8.3": "k3d-tools", "ghcr.io/k3d-io/k3d-proxy:5.8.3": "k3d-proxy"}
+_HELPERS = {
+    "ghcr.io/k3d-io/k3d-tools:5.8.3": "k3d-tools",
+    "ghcr.io/k3d-io/k3d-proxy:5.8.3": "k3d-proxy",
+}
+# As the image of k3s is; the version is the one that its tag names.
+_IMAGE = """FROM node
+RUN echo -n {version} > /etc/k3s-version
+VOLUME /var/lib/kubelet /var/lib/rancher/k3s /var/lib/cni /var/log
+ENTRYPOINT ["/bin/k3s"]
+CMD ["agent"]
+"""
 _CHANGED = ("/etc", "/mnt", "/var/lib", "/root", "/usr/local")
+_PREFIX = "homelab-engine-"
 _CGROUPS = Path("/sys/fs/cgroup")
 _START_SECONDS = 60
 
@@ -75,7 +87,8 @@ class Engine:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
-        self.root = Path(tempfile.mkdtemp(prefix="homelab-engine-"))
+        _sweep()
+        self.root = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.name = self.root.name
         search = [*map(str, rig.path), os.environ["PATH"]]
         self.environment = {
@@ -86,6 +99,7 @@ class Engine:
         for name in ("DOCKER_HOST", "DOCKER_CONTEXT", "KUBECONFIG"):
             self.environment.pop(name, None)
         self._files: list[IO[bytes]] = []
+        fcntl.flock(self._log("lock"), fcntl.LOCK_EX)
         self._outer: subprocess.Popen[bytes] | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
         self.init = 0
@@ -126,26 +140,7 @@ class Engine:
             self._daemon = None
         for file in self._files:
             file.close()
-        self._remove_cgroups()
-        for again in range(50):
-            # The kernel is still ending the last processes of the namespace.
-            shutil.rmtree(self.root, ignore_errors=again < 49)
-            if not self.root.exists():
-                return
-            time.sleep(0.1)
-
-    def _remove_cgroups(self) -> None:
-        for _ in range(50):
-            left = [top for top in _CGROUPS.glob(f"*/{self.name}") if top.is_dir()]
-            left += [top for top in [_CGROUPS / self.name] if top.is_dir()]
-            for top in left:
-                below = sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True)
-                for group in [*below, top]:
-                    with contextlib.suppress(OSError):
-                        group.rmdir()
-            if not any(top.exists() for top in left):
-                return
-            time.sleep(0.1)
+        _remove(self.root)
 
     def add_address(self, address: str) -> None:
         """An interface of the host gets the address ("203.0.113.5")."""
@@ -209,7 +204,9 @@ class Engine:
             list(argv), child.returncode, out.decode(errors="replace"), err.decode(errors="replace")
         )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(argv)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(
+                f"{' '.join(argv)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     def docker(self, *words: str, **options: Any) -> str:
@@ -272,11 +269,11 @@ class Engine:
 
     def load_images(self) -> None:
         """The stand-in's image under the names of k3s and of k3d's helpers."""
-        archive = self.popen(["tar", "-C", str(self.rig.node_root), "-c", "."], stdout=subprocess.PIPE)
-        # k3d runs /bin/k3s itself; the version is the one that the image's tag names.
+        archive = self.popen(
+            ["tar", "-C", str(self.rig.node_root), "-c", "."], stdout=subprocess.PIPE
+        )
         load = self.popen(
-            ["docker", "import", "--change", 'ENTRYPOINT ["/bin/k3s"]', "--change", 'CMD ["agent"]',
-             "--change", "ENV PATH=/bin:/sbin:/usr/bin:/usr/sbin", "-", "node"],
+            ["docker", "import", "--change", "ENV PATH=/bin:/sbin:/usr/bin:/usr/sbin", "-", "node"],
             stdin=archive.stdout, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         assert archive.stdout
@@ -284,7 +281,7 @@ class Engine:
         if load.wait() or archive.wait():
             raise RuntimeError("the node's image could not be imported")
         version = NODE_IMAGE.rpartition(":")[2].replace("-", "+", 1)
-        self.build(NODE_IMAGE, f"FROM node\nRUN echo -n {version} > /etc/k3s-version\n")
+        self.build(NODE_IMAGE, _IMAGE.format(version=version))
         for image, role in _HELPERS.items():
             self.build(image, f'FROM node\nENTRYPOINT ["/bin/k3s", "{role}"]\n')
 
@@ -329,6 +326,32 @@ class Engine:
             text = _RUNC.format(runc=runc)
         (self.root / "runc").write_text(text)
         (self.root / "runc").chmod(0o755)
+
+
+def _remove(root: Path) -> None:
+    """Removes the files and cgroups of an engine whose processes were ended."""
+    until = time.monotonic() + 10
+    while True:
+        tops = [*_CGROUPS.glob(f"*/{root.name}"), *_CGROUPS.glob(root.name)]
+        for top in tops:
+            below = sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True)
+            for group in [*below, top]:
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+        shutil.rmtree(root, ignore_errors=True)
+        if not root.exists() and not any(top.exists() for top in tops):
+            return
+        if time.monotonic() > until:
+            raise RuntimeError(f"left behind: {root} {[str(top) for top in tops if top.exists()]}")
+        time.sleep(0.1)  # the kernel is still ending the last processes of the namespace
+
+
+def _sweep() -> None:
+    """Removes what test processes that were killed have left: nobody holds the lock of theirs."""
+    for root in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (root / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(root)
 
 
 def _status(key: str) -> str:
