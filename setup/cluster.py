@@ -48,7 +48,6 @@ class Rig:
     """Directories that tests/cluster uses: `path` are those to have on PATH."""
 
     path: list[Path]
-    components: Path
     node_root: Path
 
 
@@ -79,9 +78,7 @@ def resolve() -> Rig:
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, components, stand_in),
     )
-    return Rig(
-        [k3d.directory, components / "bin", engine / "bin"], components / "bin", root / "root"
-    )
+    return Rig([k3d.directory, components / "bin", engine / "bin"], root / "root")
 
 
 def _k3d_release(directory: Path) -> str:
@@ -151,7 +148,8 @@ def _unpack_engine(directory: Path) -> str:
     for name in ("iptables", "ip6tables"):
         for suffix in ("", "-save", "-restore"):
             (commands / f"{name}{suffix}").write_text(
-                f"#!/bin/sh\nexport LD_LIBRARY_PATH={libraries} XTABLES_LIBDIR={libraries}/xtables\n"
+                f"#!/bin/sh\nexport LD_LIBRARY_PATH={libraries}\n"
+                f"export XTABLES_LIBDIR={libraries}/xtables\n"
                 f'exec {final}/usr/sbin/xtables-{flavour}-multi {name}{suffix} "$@"\n'
             )
             (commands / f"{name}{suffix}").chmod(0o755)

@@ -1,6 +1,7 @@
 """Fixtures of the tests that run hostctl on a real Docker: see README.md."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,19 @@ from setup import cluster
 from setup.cache import SetupError
 from tests.cluster.engine import NODE_IMAGE, Engine, engine
 
+REQUIRED = "HOMELAB_CLUSTER_TESTS_REQUIRED"
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in the last lines why these tests were not run."""
+    skipped = [
+        report.longrepr[2]
+        for report in terminalreporter.stats.get("skipped", [])
+        if report.nodeid.startswith("tests/cluster/") and isinstance(report.longrepr, tuple)
+    ]
+    for reason in dict.fromkeys(skipped):
+        terminalreporter.write_line(f"tests/cluster was not run: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +34,9 @@ def session_engine() -> Iterator[Engine]:
     try:
         rig = cluster.resolve()
     except SetupError as error:
-        pytest.skip(f"no Docker engine can be started here: {error}")
+        reason = f"no Docker engine can be started here: {error}"
+        # Where it must be there, as in .ci/run, its absence is no reason to skip.
+        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(reason)
     with engine(rig) as one:
         yield one
 

@@ -178,7 +178,8 @@ class Engine:
         where = options.pop("cwd", None)
         enter += [f"--wd={where}"] if where else []
         command = [*enter, "--", "setpriv", "--pdeathsig", "KILL", *argv]
-        return subprocess.Popen(command, env=environment, **options)
+        child: subprocess.Popen[bytes] = subprocess.Popen(command, env=environment, **options)
+        return child
 
     def run(
         self,

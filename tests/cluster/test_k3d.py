@@ -38,3 +38,21 @@ def test_a_cluster_is_created_seen_kept_stopped_started_and_deleted(host, spec, 
     assert host.done("k3d", "delete", spec={"name": "factory", "confirm": "factory"})["deleted"]
     assert host.engine.clusters() == []
     assert host.done("k3d", "inspect", spec=spec)["cluster"]["state"] == "absent"
+
+
+def test_three_servers_keep_their_data_when_they_are_restarted_in_another_order(host, spec):
+    several = {**spec, "servers": 3}
+    made = host.done("k3d", "ensure", spec=several)["cluster"]
+    assert made["nodes"] == [
+        *(f"k3d-factory-server-{number}" for number in range(3)),
+        "k3d-factory-serverlb",
+    ]
+    assert host.done("k3d", "inspect", spec=several)["cluster"]["differences"] == []
+    host.kubectl("create", "configmap", "marker", "--from-literal=a=b")
+
+    host.done("k3d", "stop", spec={"name": "factory"})
+    for number in (2, 0, 1):
+        host.engine.docker("start", f"k3d-factory-server-{number}")
+    again = host.done("k3d", "ensure", spec=several)["cluster"]
+    assert again["identity"] == made["identity"]
+    assert host.kubectl("get", "configmap", "marker", "--output=jsonpath={.data.a}") == "b"
