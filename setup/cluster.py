@@ -139,9 +139,10 @@ def _unpack_engine(directory: Path) -> str:
     commands.mkdir()
     for folder in ("usr/sbin", "usr/bin", "sbin", "bin"):
         for program in sorted((root / folder).glob("*")):
-            if not program.name.startswith(("ip6tables", "iptables", "xtables")):
-                (commands / program.name).symlink_to(final / folder / program.name)
-    (commands / "docker-init").symlink_to(final / "usr/bin/tini")
+            command = commands / program.name
+            filters = program.name.startswith(("ip6tables", "iptables", "xtables"))
+            if not filters and not command.is_symlink():
+                command.symlink_to(final / folder / program.name)
     library = next(iter(sorted((root / "usr/lib").glob("*-linux-gnu*"))))
     libraries = final / library.relative_to(root)
     flavour = _iptables_flavour(root, library)

@@ -178,8 +178,7 @@ class Engine:
         where = options.pop("cwd", None)
         enter += [f"--wd={where}"] if where else []
         command = [*enter, "--", "setpriv", "--pdeathsig", "KILL", *argv]
-        child: subprocess.Popen[bytes] = subprocess.Popen(command, env=environment, **options)
-        return child
+        return subprocess.Popen[bytes](command, env=environment, **options)
 
     def run(
         self,
