@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup import cache, download, tools
+from setup import cache, debian, download, tools
 from setup.cache import SetupError, say
 from setup.tools import CHECKOUT, HERE, Tool
 
@@ -45,9 +45,11 @@ _NODE_PACKAGES = ["busybox-static", "libc6", "libc-bin", *_IPTABLES]
 
 @dataclass(frozen=True)
 class Rig:
-    """Directories that tests/cluster uses: `path` are those to have on PATH."""
+    """Directories that tests/cluster uses: `first` is to be on PATH before all others, `last` has
+    what PATH lacks of a Docker engine."""
 
-    path: list[Path]
+    first: list[Path]
+    last: Path
     node_root: Path
 
 
@@ -78,7 +80,7 @@ def resolve() -> Rig:
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, components, stand_in),
     )
-    return Rig([k3d.directory, components / "bin", engine / "bin"], root / "root")
+    return Rig([k3d.directory, components / "bin"], engine / "bin", root / "root")
 
 
 def _k3d_release(directory: Path) -> str:
@@ -133,7 +135,7 @@ def _nothing(directory: Path) -> str:
 
 def _unpack_engine(directory: Path) -> str:
     root = directory / "root"
-    _unpack(_ENGINE_PACKAGES, root)
+    debian.unpack("Docker engine", _ENGINE_PACKAGES, root)
     final = cache.root() / directory.name.lstrip(".").rpartition("-")[0] / "root"
     commands = directory / "bin"
     commands.mkdir()
@@ -176,7 +178,7 @@ def _iptables_flavour(root: Path, library: Path) -> str:
 def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
     """The root file system of the stand-in node: Debian's busybox, glibc and iptables, and ours."""
     root = directory / "root"
-    _unpack(_NODE_PACKAGES, root)
+    debian.unpack("node", _NODE_PACKAGES, root)
     for folder in ("bin", "sbin", "usr/lib/k3s", "etc", "tmp", "var/log", "run", "proc", "sys"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for folder in ("usr/share/doc", "usr/share/man", "usr/lib/locale"):
@@ -205,25 +207,6 @@ def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
     }.items():
         (root / "etc" / name).write_text(content)
     return "Debian packages and the project's Go modules"
-
-
-def _unpack(packages: list[str], root: Path) -> None:
-    """Unpack Debian packages into a directory; nothing is installed and no script is run."""
-    for tool in ("apt-get", "dpkg"):
-        if not shutil.which(tool):
-            raise SetupError(f"no dockerd on PATH, and no {tool} to get Debian's by")
-    archives = root.with_name("archives")
-    archives.mkdir()
-    archives.chmod(0o777)  # apt fetches as a user of its own
-    step = "Debian packages"
-    try:
-        cache.run(step, ["apt-get", "download", *packages], cwd=archives)
-    except SetupError:
-        cache.run(step, ["apt-get", "update"])
-        cache.run(step, ["apt-get", "download", *packages], cwd=archives)
-    for archive in sorted(archives.iterdir()):
-        cache.run(step, ["dpkg", "--extract", str(archive), str(root)])
-    shutil.rmtree(archives)
 
 
 def _debian() -> str:

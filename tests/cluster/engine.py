@@ -90,7 +90,7 @@ class Engine:
         _sweep()
         self.root = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.name = self.root.name
-        search = [*map(str, rig.path), os.environ["PATH"]]
+        search = [*map(str, rig.first), os.environ["PATH"], "/usr/sbin", "/sbin", str(rig.last)]
         self.environment = {
             **os.environ,
             "PATH": os.pathsep.join(search),
