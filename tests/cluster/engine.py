@@ -102,6 +102,7 @@ class Engine:
         fcntl.flock(self._log("lock"), fcntl.LOCK_EX)
         self._outer: subprocess.Popen[bytes] | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._resolver: subprocess.Popen[bytes] | None = None
         self.init = 0
         """The first process of the host, as this machine numbers it."""
 
@@ -138,6 +139,7 @@ class Engine:
             self._daemon.kill()
             self._daemon.wait()
             self._daemon = None
+        self.kill_resolver()
         for file in self._files:
             file.close()
         _remove(self.root)
@@ -155,18 +157,19 @@ class Engine:
         self.kill_resolver()
         for address in addresses:
             self.run(["ip", "address", "replace", f"{address}/32", "dev", "lan0"])
-        known = "".join(f"        {address} {name}\n" for name, address in names.items())
-        corefile = f".:53 {{\n    bind {' '.join(addresses)}\n    hosts {{\n{known}    }}\n}}\n"
+        zone = self.root / "zone"
+        known = "".join(f"{name}. 60 IN A {address}\n" for name, address in names.items())
+        zone.write_text(f". 60 IN SOA ns. admin. 1 60 60 60 60\n. 60 IN NS ns.\n{known}")
         file = self.root / "Corefile"
-        file.write_text(corefile)
+        file.write_text(f".:53 {{\n    bind {' '.join(addresses)}\n    file {zone} .\n}}\n")
         log = self._log("resolver.log")
         self._resolver = self.popen(["coredns", "-conf", str(file)], stdout=log, stderr=log)
 
     def kill_resolver(self) -> None:
-        resolver = getattr(self, "_resolver", None)
-        if resolver is not None:
-            resolver.kill()
-            resolver.wait()
+        if self._resolver is not None:
+            self._resolver.kill()
+            self._resolver.wait()
+            self._resolver = None
 
     # Programs on the host
 
@@ -296,7 +299,9 @@ class Engine:
         return sorted(set(listed.split()))
 
     def clean(self) -> None:
-        """Removes all containers, networks and volumes, and what was written on the host."""
+        """Removes all containers, networks and volumes, what was written on the host, and the
+        resolver."""
+        self.kill_resolver()
         script = """
             docker ps -aq | xargs -r docker rm -fv >/dev/null
             docker network prune -f >/dev/null

@@ -42,6 +42,9 @@ def terminated(host, name, *command):
 def test_a_pod_looks_names_up_through_the_declared_resolvers(host, spec, network):
     host.engine.resolver(spec["resolvers"], {"www.example.com": "192.0.2.77"})
     host.done("k3d", "ensure", spec=spec)
+    # A moment after the API is ready, and no pod is accepted before.
+    account = ["kubectl", "wait", "--for=create", "--namespace=kube-system", "sa/default"]
+    host.engine.docker("exec", "k3d-factory-server-0", *account)
 
     assert terminated(host, "known", "nslookup", "www.example.com")["exitCode"] == 0
     inside = terminated(host, "inside", "nslookup", "kube-dns.kube-system.svc.cluster.local")
