@@ -10,7 +10,10 @@ is allowed, and the remedy.
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import Api, Cluster, KubeconfigFile, Network, PublishedPort
 from components.settings.config import load
+from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host
+from components.settings.network import Acme, Lan, MetalLB, Pool, Traefik
+from components.settings.network import Network as LanNetwork
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -20,7 +23,7 @@ from components.settings.secrets import (
     SecretType,
     missing_keys,
 )
-from components.settings.stack import Settings
+from components.settings.stack import AnyCluster, Settings
 from components.settings.tailscale import AuthKey, Operator, Tailscale, auth_key_problem
 from components.settings.tunnel import (
     Access,
@@ -37,7 +40,9 @@ from components.settings.tunnel import (
 
 __all__ = [
     "Access",
+    "Acme",
     "Adopt",
+    "AnyCluster",
     "Api",
     "ArgoCD",
     "AuthKey",
@@ -45,14 +50,21 @@ __all__ = [
     "Cluster",
     "ClusterConnector",
     "DeclaredSecret",
+    "ExistingCluster",
     "ExternalConnector",
     "Host",
     "HostConnector",
     "KubeconfigFile",
+    "KubeconfigSource",
+    "Lan",
+    "LanNetwork",
+    "MetalLB",
     "Namespace",
     "Network",
+    "Node",
     "Operator",
     "Origin",
+    "Pool",
     "Problem",
     "PublishedPort",
     "Route",
@@ -62,6 +74,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Tailscale",
+    "Traefik",
     "Tunnel",
     "auth_key_problem",
     "load",

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
@@ -138,6 +138,14 @@ def is_address(text: str) -> bool:
     """Whether it is an IPv4 or IPv6 address."""
     try:
         ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_ipv4(text: str) -> bool:
+    try:
+        IPv4Address(text)
     except ValueError:
         return False
     return True

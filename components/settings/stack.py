@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -16,8 +16,10 @@ from pydantic import (
 
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import Cluster
+from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.model import Model, Name, ObjectName
+from components.settings.network import Network
 from components.settings.problem import Path, Problem, key_path
 from components.settings.secrets import DeclaredSecret, Namespace, Secret
 from components.settings.tailscale import NAMESPACE as TAILSCALE_NAMESPACE
@@ -38,6 +40,14 @@ _BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "
 def _empty_is_none(section: Any) -> Any:
     # Pulumi.yaml's default for a section that a stack leaves out.
     return None if section == {} else section
+
+
+def _k3d_by_default(cluster: Any) -> Any:
+    return {"kind": "k3d", **cluster} if isinstance(cluster, dict) else cluster
+
+
+AnyCluster: TypeAlias = Cluster | ExistingCluster
+"""The kinds of cluster, told apart by `kind`; last the one that needs least of this program."""
 
 
 def _name_connectors(tunnels: dict[str, Tunnel]) -> dict[str, Tunnel]:
@@ -62,7 +72,12 @@ class Settings(Model):
         default=Host(),
         description="The machine that carries the platform, and how commands reach it.",
     )
-    cluster: Cluster = Field(description="The Kubernetes cluster.")
+    cluster: Annotated[
+        AnyCluster, Field(discriminator="kind"), BeforeValidator(_k3d_by_default)
+    ] = Field(description="The Kubernetes cluster.")
+    network: Network = Field(
+        default=Network(), description="The LAN, and the addresses that the cluster takes of it."
+    )
     namespaces: dict[Name, Namespace] = Field(
         default={},
         description="Namespaces by name, besides those that Secrets, tunnels and ArgoCD name.",
@@ -110,6 +125,13 @@ class Settings(Model):
         return {name: owners[name] for name in sorted(owners) if name not in _BUILT_IN_NAMESPACES}
 
     @property
+    def needs_docker(self) -> bool:
+        """Whether anything of the stack lives in the host's Docker engine."""
+        return isinstance(self.cluster, Cluster) or any(
+            isinstance(tunnel.connector, HostConnector) for tunnel in self.tunnels.values()
+        )
+
+    @property
     def warnings(self) -> list[str]:
         """What is allowed and likely not meant, a sentence each."""
         found: list[str] = []
@@ -140,6 +162,7 @@ class Settings(Model):
         """What is wrong across the settings; each field on its own is right."""
         yield from self.host.problems()
         yield from self.cluster.problems()
+        yield from self.network.problems(self.cluster)
         for namespace, secrets in self.secrets.items():
             for name, secret in secrets.items():
                 yield from secret.problems(("secrets", namespace, name))
@@ -172,6 +195,8 @@ class Settings(Model):
                 yield path, declared
 
     def _reachability_problems(self) -> Iterator[Problem]:
+        if not isinstance(self.cluster, Cluster):
+            return
         api = self.cluster.api
         server = api.server_name or api.bind
         if self.host.connection != "ssh" or not (_is_loopback(server) or _is_loopback(api.bind)):

@@ -193,7 +193,8 @@ class _Node:
         if origin is list:
             return []
         if self.is_choice:
-            return {"kind": "external"}
+            # The last kind needs least: the others are checked where they are written.
+            return {"kind": get_args(arguments[-1].model_fields["kind"].annotation)[0]}
         return False if self.type is bool else {}
 
 
