@@ -7,16 +7,15 @@ import gc
 gc.disable()
 
 import pulumi
-import pulumi_docker as docker
 
 import homelab
 from components import debug, settings
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
-from components.cluster import Cluster
-from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster
-from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
-from components.host import Connection, Host
+from components.cluster import kinds
+from components.host import Connection, Host, docker_engine
 from components.namespaces import Namespaces, NamespacesArgs
+from components.network.metallb import MetalLB, MetalLBArgs
+from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
@@ -27,32 +26,28 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
-live = LiveCluster.read(stack.cluster, connection)
+live = kinds.read(stack, connection)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
-if live.state == "running":
-    refuse_two_owners(stack.tunnels, name, connection)
-live.announce(stack.cluster, connection.name)
+if live.answers:
+    refuse_two_owners(stack.tunnels, name, connection, live.kubeconfig)
+live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
 for warning in stack.warnings:
     pulumi.log.warn(warning)
 
 host = Host(pulumi.get_stack(), connection)
-engine = docker.Provider("docker", host=stack.host.docker, ssh_opts=connection.ssh_options or None)
-k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
-kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
-cluster = Cluster(
-    name=name,
-    provider=kubeconfig.provider,
-    identity=k3d.identity,
-    kubeconfig=kubeconfig.path,
-    host=host,
-    incarnation=live.incarnation,
-    anew=live.anew,
-)
+engine = docker_engine(stack.host, connection) if stack.needs_docker else None
+declared = live.declare(host, engine)
+cluster = declared.cluster
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+ingress = None
+if stack.network.metallb:
+    metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))
+    if stack.network.traefik:
+        ingress = Traefik(name, TraefikArgs(stack.network.traefik, cluster, after=[metallb]))
 argocd = None
 if stack.argocd and revision:
     argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
@@ -72,9 +67,10 @@ if stack.tailscale and stack.tailscale.operator:
     TailscaleOperator(name, operator)
 
 homelab.export(
-    cluster=k3d.output,
-    kubeconfig=kubeconfig.content,
+    cluster=declared.output,
+    kubeconfig=declared.kubeconfig,
     namespaces=namespaces.names,
+    ingress=ingress and ingress.address,
     argocd=argocd and argocd.output,
     tunnels={key: made.output for key, made in tunnels.items()},
     urls=pulumi.Output.all(*(made.urls for made in tunnels.values())).apply(

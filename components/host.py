@@ -14,13 +14,16 @@ two ways:
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pulumi
 from pulumi_command import local
 
 from components import settings
 from hostctl import program
+
+if TYPE_CHECKING:
+    import pulumi_docker as docker
 
 # `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that
 # `ps` shows.
@@ -218,6 +221,14 @@ class Host(pulumi.ComponentResource):
                 opts,
             ),
         )
+
+
+def docker_engine(host: settings.Host, connection: Connection) -> "docker.Provider":
+    """The host's Docker engine, reached as the host is."""
+    # Not above: the package costs time, and only who has something in Docker pays.
+    import pulumi_docker as docker
+
+    return docker.Provider("docker", host=host.docker, ssh_opts=connection.ssh_options or None)
 
 
 def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:

@@ -18,12 +18,16 @@ def deployment_name(tunnel: str) -> str:
 
 
 def refuse_two_owners(
-    tunnels: Mapping[str, settings.Tunnel], cluster: str, connection: Connection
+    tunnels: Mapping[str, settings.Tunnel],
+    cluster: str,
+    connection: Connection,
+    kubeconfig: str | None = None,
 ) -> None:
     """Refuses an in-cluster connector beside one that ArgoCD owns (design rule 5).
 
     Looks at the Deployment that the connector would have, and at the incumbent's `cloudflared`.
-    ``cluster`` is the name of the cluster, which runs.
+    ``cluster`` is the name of the cluster, which runs; ``kubeconfig`` the text of the way in, where
+    it is none of k3d's.
     """
     for name, tunnel in tunnels.items():
         connector = tunnel.connector
@@ -37,6 +41,7 @@ def refuse_two_owners(
                     "namespace": connector.namespace,
                     "kind": "Deployment",
                     "name": deployment,
+                    "kubeconfig": kubeconfig,
                 },
             )
             if owner["exists"] is None:

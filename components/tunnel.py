@@ -95,7 +95,7 @@ class CloudflareTunnelArgs:
     account: settings.Cloudflare
     settings: settings.Tunnel
     cloudflare: cloudflare.Provider
-    docker: docker.Provider
+    docker: docker.Provider | None
     """Runs a connector of kind host."""
     cluster: Cluster
     """Runs a connector of kind cluster, on whose host one of kind host runs."""
@@ -284,7 +284,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
             {"kubeconfig": args.cluster.kubeconfig, "namespace": namespace, "deployment": name},
             delete=["connector", "stop"],
             opts=pulumi.ResourceOptions(
-                parent=self, depends_on=[self._tunnel, args.cluster.identity]
+                parent=self,
+                depends_on=[self._tunnel, args.cluster.identity or args.cluster.provider],
             ),
         )
         secret = kubernetes.core.v1.Secret(

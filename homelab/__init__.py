@@ -96,6 +96,11 @@ class Platform:
         return self._read("namespaces")
 
     @property
+    def ingress(self) -> pulumi.Output[str | None]:
+        """The LAN's address of the ingress; None for a stack without one."""
+        return self._read("ingress", optional=True)
+
+    @property
     def argocd(self) -> pulumi.Output[ArgoCD | None]:
         """None for a stack without ArgoCD."""
 
@@ -145,6 +150,7 @@ def export(
     kubeconfig: pulumi.Input[str],
     namespaces: pulumi.Input[list[str]],
     argocd: pulumi.Input[ArgoCD] | None,
+    ingress: pulumi.Input[str] | None = None,
     tunnels: Mapping[str, pulumi.Input[Tunnel]],
     urls: pulumi.Input[Mapping[str, str]],
 ) -> None:
@@ -153,6 +159,7 @@ def export(
     pulumi.export("cluster", cluster)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
     pulumi.export("namespaces", namespaces)
+    pulumi.export("ingress", ingress)
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)
     pulumi.export("urls", urls)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from hostctl.argocd import argocd_apply, argocd_resolve
+from hostctl.existing import cluster_inspect, metallb_wait
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
 from hostctl.k3d import (
     k3d_delete,
@@ -181,6 +182,18 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("connector", "stop"): Verb(
         connector_stop,
         {"kubeconfig": _KUBECONFIG_EXAMPLE, "namespace": "factory", "deployment": "cloudflared"},
+    ),
+    ("cluster", "inspect"): Verb(
+        cluster_inspect, {"name": "metal", "kubeconfig": "(the text of a kubeconfig)"}
+    ),
+    ("metallb", "wait"): Verb(
+        metallb_wait,
+        {
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespace": "metallb-system",
+            "seconds": 300,
+            "chart": "0.16.1",
+        },
     ),
     ("cluster", "owner"): Verb(
         cluster_owner,

@@ -192,6 +192,20 @@ class Machine:
         _sync_directory(os.path.dirname(path))
         return True
 
+    @contextlib.contextmanager
+    def private_file(self, content: bytes) -> Iterator[str]:
+        """The path of a file with this content, which none but this user reads, and which is gone
+        afterwards. For a tool that takes a secret from a file alone: a kubectl that is a wrapper
+        reads its stdin twice, and then takes the ambient kubeconfig.
+        """
+        descriptor, path = tempfile.mkstemp(prefix=".hostctl-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            yield path
+        finally:
+            os.unlink(path)
+
     def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
         """Gives a file or directory its mode and owner. Raises OSError, also for a link: one may
         have been put there since the path was looked at."""

@@ -23,6 +23,7 @@ MODULES = (
     "files",
     "k3d",
     "workloads",
+    "existing",
     "argocd",
     "cli",
 )

@@ -26,6 +26,7 @@ from hostctl.spec import (
     one_of,
     or_null,
     text_map,
+    text_matching,
 )
 from hostctl.tools import attempt
 
@@ -40,9 +41,10 @@ def run_kubectl(
     *,
     input: bytes = b"",
     timeout: float = 60.0,
+    raw: bool = False,
 ) -> Ran:
     """Runs kubectl against the cluster of a kubeconfig, which must exist: kubectl would take
-    another one without a word."""
+    another one without a word. ``raw`` leaves an API that does not answer to the caller."""
     if not machine.exists(kubeconfig_path):
         raise Failure(
             "cannot-tell",
@@ -52,7 +54,7 @@ def run_kubectl(
         )
     argv = ["kubectl", f"--kubeconfig={kubeconfig_path}", "--request-timeout=30s", *arguments]
     ran = attempt(machine, argv, step, input=input, timeout=timeout)
-    if ran.code and _UNREACHABLE.search(ran.err.decode("utf-8", "replace")):
+    if ran.code and not raw and UNREACHABLE.search(ran.err.decode("utf-8", "replace")):
         raise Failure(
             "cannot-tell",
             step,
@@ -62,7 +64,7 @@ def run_kubectl(
     return ran
 
 
-_UNREACHABLE = re.compile(
+UNREACHABLE = re.compile(
     r"Unable to connect to the server|connection refused|was refused - did you specify|i/o timeout"
     r"|context deadline exceeded|no route to host|TLS handshake timeout|ServiceUnavailable"
     r"|certificate signed by unknown authority|net/http: request canceled"
@@ -296,6 +298,9 @@ OWNER_SPEC: dict[str, Any] = {
     "namespace": Value(or_null(DNS_LABEL), None),
     "kind": Value(KIND),
     "name": Value(OBJECT_NAME),
+    "kubeconfig": Value(
+        or_null(text_matching(r"(?s).{1,1000000}", "the text of a kubeconfig")), None, secret=True
+    ),
 }
 
 
@@ -303,8 +308,9 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     """Who owns an object: its field managers, and the ArgoCD Application that tracks it (one-owner
     rule). ``exists`` is null when it cannot be told.
 
-    Asked in the node: the kubeconfig on the host may be missing, or that of a cluster that is gone,
-    and the run that asks is the one that writes it anew.
+    Asked in the node of a k3d cluster: the kubeconfig on the host may be missing, or that of a
+    cluster that is gone, and the run that asks is the one that writes it anew. Another cluster is
+    asked with the kubeconfig that is given.
     """
     wanted = checked(spec, OWNER_SPEC, "cluster owner")
     step = f"looking for {wanted['kind']} {wanted['name']}"
@@ -314,9 +320,13 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
         arguments.append(f"--namespace={wanted['namespace']}")
     nobody: Result = {"managers": [], "argocd": None}
     server = f"k3d-{wanted['cluster']}-server-0"
-    seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+    if wanted["kubeconfig"]:
+        with machine.private_file(wanted["kubeconfig"].encode()) as path:
+            seen = run_kubectl(machine, path, arguments, step, raw=True)
+    else:
+        seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
     if seen.code:
-        if _UNREACHABLE.search(seen.complaint) or _NO_NODE.search(seen.complaint):
+        if UNREACHABLE.search(seen.complaint) or _NO_NODE.search(seen.complaint):
             return {"exists": None, **nobody, "detail": seen.complaint}
         if "the server doesn't have a resource type" in seen.complaint:
             return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}

@@ -11,6 +11,7 @@ import binascii
 import functools
 import hashlib
 import importlib.util
+import ipaddress
 import itertools
 import json
 import re
@@ -470,6 +471,7 @@ class ApiServer:
             self.world.create(key, obj)
         except Exists:
             raise taken from None
+        self._assign_addresses(obj)
         return obj
 
     def apply(self, obj: Object, manager: str, force: bool, dry_run: bool = False) -> Object:
@@ -559,6 +561,7 @@ class ApiServer:
                 obj["metadata"]["resourceVersion"] = version
         else:
             self.world.put(self._key(obj), obj)
+            self._assign_addresses(obj)
         return obj
 
     def _admitted(self, obj: Object) -> Object:
@@ -574,7 +577,76 @@ class ApiServer:
             metadata.pop("namespace", None)
         if faults := list(_object_faults(obj)):
             self._invalid(obj, faults)
+        if _group(obj["apiVersion"]) == "metallb.io":
+            self._ask_metallb(obj)
         return obj
+
+    # MetalLB, once its chart is in the cluster
+
+    def _pools(self) -> list[Object]:
+        return [
+            obj
+            for key, obj in self.world.list(f"{self.cluster}/metallb-system")
+            if key.split("/")[2] == "IPAddressPool.metallb.io"
+        ]
+
+    def _ask_metallb(self, obj: Object) -> None:
+        """What its webhook does with an object. `webhooks.json` says how many calls get no answer:
+        {"metallb": 3}, or "never".
+        """
+        kind = obj["kind"].lower()
+        webhook = f"{kind}validationwebhook.metallb.io"
+        silent = (self.world.get("webhooks") or {}).get("metallb", 0)
+        if silent:
+            if silent != "never":
+                self.world.put("webhooks", {"metallb": silent - 1})
+            raise ApiError(
+                "InternalError",
+                f'Internal error occurred: failed calling webhook "{webhook}": failed to call '
+                'webhook: Post "https://metallb-webhook-service.metallb-system.svc:443/validate-'
+                f'metallb-io-v1beta1-{kind}?timeout=10s": dial tcp 10.43.0.50:443: connect: '
+                "connection refused",
+            )
+        if obj["kind"] != "IPAddressPool":
+            return
+        for other in self._pools():
+            if other["metadata"]["name"] == obj["metadata"]["name"]:
+                continue
+            if not _addresses(obj).isdisjoint(_addresses(other)):
+                raise ApiError(
+                    "Forbidden",
+                    f'admission webhook "{webhook}" denied the request: CIDR of pool '
+                    f'"{obj["metadata"]["name"]}" overlaps with already defined CIDR of pool '
+                    f'"{other["metadata"]["name"]}"',
+                )
+
+    def _assign_addresses(self, cause: Object) -> None:
+        """Give each LoadBalancer Service an address of a pool, as MetalLB's controller does."""
+        if cause["kind"] not in ("Service", "IPAddressPool"):
+            return
+        pools = self._pools()
+        services = {
+            key: obj
+            for key, obj in self.world.list(self.cluster)
+            if key.split("/")[2] == "Service" and obj["spec"]["type"] == "LoadBalancer"
+        }
+        for key, service in services.items():
+            taken = {_assigned(other) for k, other in services.items() if k != key}
+            annotations = service["metadata"].get("annotations") or {}
+            asked = annotations.get("metallb.io/loadBalancerIPs")
+            offered = [
+                address
+                for pool in pools
+                if asked or pool["spec"].get("autoAssign", True)
+                for address in sorted(_addresses(pool))
+                if str(address) not in taken and asked in (None, str(address))
+            ]
+            held = _assigned(service)
+            if held and (held == asked or not asked):
+                continue
+            ingress = [{"ip": str(offered[0]), "ipMode": "VIP"}] if offered else []
+            service["status"] = {"loadBalancer": {"ingress": ingress} if ingress else {}}
+            self.world.put(key, service)
 
     def _invalid(self, obj: Object, faults: list[str]) -> NoReturn:
         named = self.resource(obj["apiVersion"], obj["kind"]).kind_group
@@ -606,6 +678,25 @@ class ApiServer:
         spec.setdefault("clusterIPs", [address])
         spec.setdefault("ipFamilies", ["IPv4"])
         spec.setdefault("ipFamilyPolicy", "SingleStack")
+
+
+def _addresses(pool: Object) -> set[ipaddress.IPv4Address]:
+    """All addresses of an IPAddressPool."""
+    found: set[ipaddress.IPv4Address] = set()
+    for text in pool["spec"]["addresses"]:
+        first, dash, last = text.partition("-")
+        if not dash:
+            found.update(ipaddress.IPv4Network(text))
+            continue
+        low, high = ipaddress.IPv4Address(first), ipaddress.IPv4Address(last)
+        found.update(low + step for step in range(int(high) - int(low) + 1))
+    return found
+
+
+def _assigned(service: Object) -> str | None:
+    """The address of a LoadBalancer Service; None while it has none."""
+    ingress = (service.get("status") or {}).get("loadBalancer", {}).get("ingress") or [{}]
+    return ingress[0].get("ip")
 
 
 def _now() -> str:

@@ -50,6 +50,10 @@ class Kubectl:
                     return self._get(what, flags)
                 case ["create"] if flags == _CREATE:
                     return self._create(json.loads(input))
+                case ["create"] if flags == _DRY_RUN:
+                    obj = json.loads(input)
+                    self.api.create(obj, "kubectl-create", dry_run=True)
+                    return self._lines(iter([f"{obj['kind'].lower()}/{obj['metadata']['name']}"]))
                 case ["scale", what] if flags.keys() == {"--namespace", "--replicas"}:
                     return self._scale(what, flags["--namespace"], int(flags["--replicas"]))
                 case ["rollout", "restart", what] if flags.keys() == {"--namespace"}:
@@ -96,7 +100,9 @@ class Kubectl:
                 if "--ignore-not-found" in flags:
                     return Ran(0, b"", b"")
                 raise
-        items = [obj for word in what.split(",") for obj in self._objects(namespace or "", word)]
+        items = [
+            obj for word in what.split(",") for obj in self._objects(namespace or "_cluster", word)
+        ]
         return Ran(0, json.dumps({"kind": "List", "items": items}).encode(), b"")
 
     def _create(self, obj: Object) -> Ran:
@@ -164,6 +170,7 @@ class Kubectl:
 
 _GET = {"--namespace", "--output", "--ignore-not-found", "--show-managed-fields"}
 _CREATE = {"--field-manager": "homelab", "--filename": "-", "--output": "name"}
+_DRY_RUN = {"--dry-run": "server", "--filename": "-", "--output": "name"}
 _APPLY = {
     "--server-side": "",
     "--force-conflicts": "",

@@ -13,6 +13,8 @@ World, below `<rehearsal>/world/machine/`:
                             when added, is {"seconds", "bytes_per_second", "stalls"}: how long a
                             start of the server takes, what it reads meanwhile, how many starts
                             read nothing
+  existing/<name>.json      a cluster that others made (rehearsal/existing.py): `state` running or
+                            not, `ca`, `server`
   containers/<name>.json    any other container, in the form of `docker inspect`
   volumes.json              names of volumes
   git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
@@ -202,6 +204,17 @@ class RehearsalMachine(Machine):
         there = self._file(path).exists()
         self._file(path).unlink(missing_ok=True)
         return there
+
+    @contextlib.contextmanager
+    def private_file(self, content: bytes) -> Iterator[str]:
+        # One hostctl at a time: see rehearsal/providers/command.py.
+        path = "/run/hostctl-private"
+        self.write_atomic(path, content, 0o600)
+        try:
+            yield path
+        finally:
+            self._file(path).unlink()
+            self._access(path).unlink()
 
     def set_access(
         self,
@@ -933,6 +946,18 @@ class RehearsalMachine(Machine):
                     "Unable to connect to the server: tls: failed to verify certificate: "
                     "x509: certificate signed by unknown authority"
                 )
+        for _, cluster in self.world.list("existing"):
+            if server is None or server.group(1) != cluster["server"]:
+                continue
+            address = urlsplit(cluster["server"]).netloc
+            if cluster["state"] != "running":
+                return _failed(f"Unable to connect to the server: dial tcp {address}: i/o timeout")
+            if ca and ca.group(1) == cluster["ca"]:
+                return self._kubectl(rest, input, cluster)
+            return _failed(
+                "Unable to connect to the server: tls: failed to verify certificate: "
+                "x509: certificate signed by unknown authority"
+            )
         return _failed(
             f"The connection to the server 127.0.0.1:{port} was refused - did you specify the "
             "right host or port?"

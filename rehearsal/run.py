@@ -274,6 +274,12 @@ class Rehearsal:
         path = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
         stack_file = yaml.safe_load(path.read_text()) if path.exists() else {}
         named = {key if ":" in key else f"{self.project}:{key}": v for key, v in config.items()}
+        cluster = named.get(f"{self.project}:cluster")
+        if isinstance(cluster, Mapping) and cluster.get("kind") == "existing":
+            # Not above: a stack that makes its cluster needs no API server before it runs.
+            from rehearsal import existing
+
+            existing.put(self.directory / "world", cluster)
         secrets = dict(_secrets(named))
         stack_file["config"] = _plain(named)
         path.write_text(yaml.safe_dump(stack_file, sort_keys=False))
@@ -358,7 +364,14 @@ def with_made_up_secrets(config: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         return whole
 
     required = [path.split(".") for path in REQUIRED_SECRETS]
-    return completed(dict(config), "", required), made_up
+    whole = completed(dict(config), "", required)
+    cluster = whole.get("homelab:cluster")
+    if isinstance(cluster, dict) and "homelab:cluster.kubeconfig.content" in made_up:
+        from rehearsal import existing
+
+        text = existing.kubeconfig(cluster)
+        cluster["kubeconfig"] = {**cluster["kubeconfig"], "content": Secret(text)}
+    return whole, made_up
 
 
 def _made_up(path: str) -> str:

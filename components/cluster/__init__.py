@@ -14,9 +14,9 @@ class Cluster:
 
     name: str
     provider: kubernetes.Provider
-    identity: pulumi.CustomResource
+    identity: pulumi.CustomResource | None
     """What lives in the cluster is `deleted_with` this; it is replaced exactly when the cluster is
-    another one.
+    another one. None for a cluster that outlives the stack.
     """
     kubeconfig: pulumi.Input[str]
     """Path of the kubeconfig on the host, for what hostctl does in the cluster."""

@@ -16,6 +16,8 @@ from components.settings.existing import ExistingCluster, Interface, IPv4, IPv4R
 from components.settings.model import Model, Name, ObjectName, Text, is_ipv4
 from components.settings.problem import Path, Problem, key_path
 
+METALLB_NAMESPACE = "metallb-system"
+TRAEFIK_NAMESPACE = "traefik"
 # What k3s gives where nothing else is said, which no setting of a k3d cluster changes.
 _K3S_RANGES = {"the pods of k3s": "10.42.0.0/16", "the Services of k3s": "10.43.0.0/16"}
 
@@ -200,6 +202,16 @@ class Network(Model):
         default=None, description="Addresses for Services of type LoadBalancer; none without it."
     )
     traefik: Traefik | None = Field(default=None, description="The ingress; none without it.")
+
+    @property
+    def namespaces(self) -> dict[str, Path]:
+        """The namespaces that come with a component, by what brings it."""
+        found: dict[str, Path] = {}
+        if self.metallb is not None:
+            found[METALLB_NAMESPACE] = ("network", "metallb")
+        if self.traefik is not None:
+            found[TRAEFIK_NAMESPACE] = ("network", "traefik")
+        return found
 
     def problems(self, cluster: Cluster | ExistingCluster) -> Iterator[Problem]:
         """What is wrong across the fields, and between them and the cluster."""

@@ -227,6 +227,19 @@ class Settings(Model):
                     "is Kubernetes' own",
                 )
 
+        declared = self.declared_namespaces()
+        for name, owner in self.network.namespaces.items():
+            if declared.get(name) == "pulumi":
+                yield Problem(
+                    ("namespaces", name),
+                    None,
+                    f"namespaces other than {name}, which {key_path(owner)} makes",
+                    f"move what names it elsewhere, or write homelab:namespaces.{name} with owner"
+                    " argocd, which only knows the name",
+                    "has two owners",
+                    [owner],
+                )
+
     def _secret_problems(self) -> Iterator[Problem]:
         owners: dict[tuple[str, str], Path] = {}
         for name, tunnel in self.tunnels.items():

@@ -9,11 +9,14 @@ World, below `<rehearsal>/world/kubernetes/`:
       one live object; edit it to make drift
   ready.json
       {"<Kind>/<namespace>/<name>": seconds or "never"}: when an object becomes ready. What is not
-      named is ready at once, but a LoadBalancer Service and an Ingress never: nothing assigns
-      addresses here.
+      named is ready at once, but an Ingress never, and a LoadBalancer Service when a pool of
+      MetalLB has the address that it asks for, or a free one.
   charts.json
       {"<repository>/<chart>@<version>": "<appVersion>"}: the Helm charts that can be fetched, on
-      top of rehearsal/charts.json
+      top of rehearsal/charts.json. In place of the version {"appVersion", "values": the top-level
+      keys that its schema knows, "crds": {"<plural>.<group>/<version>": "<Kind>"}}
+  webhooks.json
+      see ApiServer
 <cluster> is `sha256(CA certificate)[:16]`, so a cluster made anew is empty. A kubeconfig reaches
 the cluster of `world/machine/clusters/<name>.json` that is running and has its port and CA.
 """
@@ -503,7 +506,8 @@ class Kubernetes(Provider):
         address = urlsplit(server)
         port = address.port or 443
         reason = f"dial tcp {address.hostname}:{port}: connect: connection refused"
-        for file in sorted((self.directory / "world/machine/clusters").glob("*.json")):
+        machine = self.directory / "world/machine"
+        for file in sorted([*machine.glob("clusters/*.json"), *machine.glob("existing/*.json")]):
             cluster = json.loads(file.read_text())
             served = cluster["server"]
             served = [served] if isinstance(served, str) else served
@@ -812,6 +816,9 @@ class Kubernetes(Provider):
         kind, metadata = live["kind"], live["metadata"]
         key = f"{kind}/{metadata.get('namespace', '')}/{metadata['name']}"
         addressed = kind == "Ingress" or live.get("spec", {}).get("type") == "LoadBalancer"
+        if addressed and self.api is not None:
+            status = self.api.get(live).get("status") or {}
+            addressed = not (status.get("loadBalancer") or {}).get("ingress")
         stated = (self.world.get("ready") or {}).get(key, "never" if addressed else 0)
         return stated != "never" and waited >= stated
 
@@ -903,10 +910,11 @@ class Kubernetes(Provider):
 
     # helm.sh/v3:Release (helm_release.go)
 
-    def _chart(self, release: Properties) -> tuple[str, str]:
-        """Version and appVersion of the release's chart. Raises ValueError with Helm's words."""
-        charts: dict[str, str] = json.loads(_CHARTS.read_text())
+    def _chart(self, release: Properties) -> tuple[str, Object]:
+        """Version and facts of the release's chart. Raises ValueError with Helm's words."""
+        charts: dict[str, Any] = json.loads(_CHARTS.read_text())
         charts |= self.world.get("charts") or {}
+        charts = {k: {"appVersion": v} if isinstance(v, str) else v for k, v in charts.items()}
         repository = ((release.get("repositoryOpts") or {}).get("repo") or "").rstrip("/")
         name, version = release.get("chart", ""), release.get("version") or ""
         prefix = f"{repository}/{name}@" if repository else f"{name}@"
@@ -954,7 +962,17 @@ class Kubernetes(Provider):
             filled.pop(key, None)
         if not has_unknown(news):
             try:
-                filled["version"], _ = self._chart(plain(filled))
+                filled["version"], chart = self._chart(plain(filled))
+                failures += [
+                    (
+                        "values",
+                        "values don't meet the specifications of the schema(s) in the following "
+                        f"chart(s):\n{plain(filled)['chart']}:\n"
+                        f"- (root): Additional property {key} is not allowed",
+                    )
+                    for key in plain(filled).get("values") or {}
+                    if "values" in chart and key not in chart["values"]
+                ]
             except ValueError as error:
                 reason = f"{error}; check the chart name and repository configuration."
                 failures.append(("chart", f"{reason} A rehearsal knows rehearsal/charts.json."))
@@ -998,20 +1016,49 @@ class Kubernetes(Provider):
             self.world.create(self._release_key(self.api, release), record)
         except Exists:
             raise Failure("cannot re-use a name that is still in use") from None
+        self._put_definitions(self.api, release)
         id = f"{release['namespace']}/{release['name']}"
         return id, self._awaited_release(request, release, record, "was created, but failed")
+
+    def _definitions(self, release: Properties) -> Iterator[Object]:
+        """The CustomResourceDefinitions that the chart's templates hold."""
+        for name, kind in self._chart(release)[1].get("crds", {}).items():
+            full, _, version = name.partition("/")
+            plural, _, group = full.partition(".")
+            preserve = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+            schema = {"openAPIV3Schema": preserve}
+            served = {"name": version, "served": True, "storage": True, "schema": schema}
+            yield {
+                "apiVersion": "apiextensions.k8s.io/v1",
+                "kind": "CustomResourceDefinition",
+                "metadata": {"name": full},
+                "spec": {
+                    "group": group,
+                    "names": {"kind": kind, "plural": plural},
+                    "scope": "Namespaced",
+                    "versions": [served],
+                },
+            }
+
+    def _put_definitions(self, api: ApiServer, release: Properties) -> None:
+        for definition in self._definitions(release):
+            try:
+                api.create(definition, "helm")
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise Failure(str(error)) from None
 
     def _installed(self, release: Properties, revision: int) -> Object:
         """The record that an installed release leaves in the cluster."""
         try:
-            version, app_version = self._chart(release)
+            version, chart = self._chart(release)
         except ValueError as error:
             raise Failure(str(error)) from None
         return {
             "values": release.get("values") or {},
             "version": version,
             "status": {
-                "appVersion": app_version,
+                "appVersion": chart["appVersion"],
                 "chart": release["chart"].rstrip("/").rsplit("/", 1)[-1],
                 "name": release["name"],
                 "namespace": release["namespace"],
@@ -1069,6 +1116,7 @@ class Kubernetes(Provider):
             raise Failure(f'"{release["name"]}" has no deployed releases')
         record = self._installed(release, before["status"]["revision"] + 1)
         self.world.put(key, record)
+        self._put_definitions(self.api, release)
         return self._awaited_release(request, release, record, "failed")
 
     def _delete_release(self, request: Request) -> None:
@@ -1080,6 +1128,14 @@ class Kubernetes(Provider):
         release = plain(request.olds)
         if not self.world.delete(self._release_key(self.api, release)):
             raise Failure(f"uninstall: Release not loaded: {release['name']}: release: not found")
+        for definition in self._definitions(release):
+            spec = definition["spec"]
+            suffix = f"{spec['names']['kind']}.{spec['group']}"
+            # With a definition go all of its kind.
+            for key, _ in list(self.world.list(self.api.cluster)):
+                if key.split("/")[2] == suffix:
+                    self.world.delete(key)
+            self.api.delete(definition)
 
 
 _RELEASE_OBJECTS = words("compat maxHistory repositoryOpts resourceNames valueYamlFiles values")

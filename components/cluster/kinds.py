@@ -1,0 +1,105 @@
+"""The kinds of cluster: how each is read before anything is registered, and what it declares."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import pulumi
+
+import homelab
+from components import settings
+from components.cluster import Cluster
+from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
+from components.host import Connection, Host
+
+if TYPE_CHECKING:
+    import pulumi_docker as docker
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A cluster, its output for consumers, and its kubeconfig as text, which is secret."""
+
+    cluster: Cluster
+    output: pulumi.Output[homelab.Cluster]
+    kubeconfig: pulumi.Output[str]
+
+
+class Kind(Protocol):
+    """A cluster as it was read. ``kubeconfig`` is the way in where the host has no node of it."""
+
+    @property
+    def answers(self) -> bool: ...
+
+    @property
+    def kubeconfig(self) -> str | None: ...
+
+    def announce(self) -> None: ...
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared: ...
+
+
+def read(stack: settings.Settings, connection: Connection) -> Kind:
+    """Asks for the live cluster. Raises HostError as its kind does."""
+    if isinstance(stack.cluster, settings.ExistingCluster):
+        live = LiveExisting.read(stack.cluster, stack.network, connection)
+        return _Existing(stack.cluster, live)
+    return _K3d(stack.cluster, connection)
+
+
+class _K3d:
+    kubeconfig = None
+
+    def __init__(self, cluster: settings.Cluster, connection: Connection) -> None:
+        # Not above: Docker's package costs time, and only who has a cluster in it pays.
+        from components.cluster.k3d import LiveCluster
+
+        self._cluster, self._connection = cluster, connection
+        self._live = LiveCluster.read(cluster, connection)
+
+    @property
+    def answers(self) -> bool:
+        return self._live.state == "running"
+
+    def announce(self) -> None:
+        self._live.announce(self._cluster, self._connection.name)
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        from components.cluster.k3d import K3dCluster, K3dClusterArgs
+        from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
+
+        assert engine is not None
+        name, live = self._cluster.name, self._live
+        k3d = K3dCluster(name, K3dClusterArgs(self._cluster, live, host, engine))
+        kubeconfig = Kubeconfig(name, KubeconfigArgs(self._cluster, live, host, k3d))
+        cluster = Cluster(
+            name=name,
+            provider=kubeconfig.provider,
+            identity=k3d.identity,
+            kubeconfig=kubeconfig.path,
+            host=host,
+            incarnation=live.incarnation,
+            anew=live.anew,
+        )
+        return Declared(cluster, k3d.output, kubeconfig.content)
+
+
+class _Existing:
+    def __init__(self, cluster: settings.ExistingCluster, live: LiveExisting) -> None:
+        self._cluster, self._live = cluster, live
+
+    @property
+    def answers(self) -> bool:
+        return self._live.state == "reachable"
+
+    @property
+    def kubeconfig(self) -> str | None:
+        return self._live.kubeconfig
+
+    def announce(self) -> None:
+        self._live.announce(self._cluster)
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        made = ExistingCluster(
+            self._cluster.name, ExistingClusterArgs(self._cluster, self._live, host)
+        )
+        return Declared(made.cluster, made.output, made.kubeconfig)
