@@ -174,8 +174,8 @@ def _cut_down(cluster: settings.ExistingCluster, text: str) -> tuple[str, str, b
             "correct homelab:cluster.kubeconfig.context",
         )
     context = contexts[source.context]
-    target = _named(given, "clusters", "cluster").get(context.get("cluster"), {})
-    user = _named(given, "users", "user").get(context.get("user"), {})
+    target = _named(given, "clusters", "cluster").get(str(context.get("cluster")), {})
+    user = _named(given, "users", "user").get(str(context.get("user")), {})
     flatten = (
         "flatten it: kubectl config view --raw --minify --flatten"
         f" --context={source.context}, which puts files in as data"

@@ -25,6 +25,7 @@ WHOLE = {
     "cluster": CLUSTER,
     "kubeconfig": KUBECONFIG,
     "namespaces": ["argocd"],
+    "ingress": "192.168.1.240",
     "argocd": ARGOCD,
     "tunnels": {"factory": TUNNEL},
     "urls": {"argocd.example.org": "https://argocd.example.org"},
