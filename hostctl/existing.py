@@ -45,21 +45,21 @@ def cluster_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
             raise Failure(
                 "refused",
                 step,
-                f"another cluster, or none of its CA, answers there: {listed.complaint[:300]}",
+                f"another cluster, or none of its CA, answers there: {listed.complaint}",
                 "correct homelab:cluster.kubeconfig: file, context or server; the server's "
                 "certificate must name the address",
             )
         if listed.code and UNREACHABLE.search(said):
-            return {"state": "unreachable", "detail": listed.complaint[:300], "nodes": {}}
+            return {"state": "unreachable", "detail": listed.complaint, "nodes": {}}
         if listed.code:
             remedy = "see the cause; `kubectl get nodes` with this kubeconfig must answer"
             if _REFUSED.search(said):
                 remedy = "renew the credentials: kubeadm's and k3s's certificates end after a year"
-            raise Failure("cannot-tell", step, listed.complaint[:300], remedy)
+            raise Failure("cannot-tell", step, listed.complaint, remedy)
         arguments = ["get", "daemonsets.apps", "--namespace=kube-system", "--output=json"]
         balancers = run_kubectl(machine, path, arguments, step)
     if balancers.code:
-        raise Failure("cannot-tell", step, balancers.complaint[:300], "run it by hand")
+        raise Failure("cannot-tell", step, balancers.complaint, "run it by hand")
     return {
         "state": "reachable",
         "detail": "",
@@ -131,12 +131,12 @@ def metallb_wait(machine: Machine, spec: dict[str, Any]) -> Result:
         if asked.code == 0 or _DENIED.search(said):
             return {"waited": int(waited)}
         if not (_NOT_YET.search(said) or UNREACHABLE.search(said)):
-            raise Failure("failed", step, asked.complaint[:300], "see the cause, then run up again")
+            raise Failure("failed", step, asked.complaint, "see the cause, then run up again")
         if waited >= wanted["seconds"]:
             raise Failure(
                 "timed-out",
                 step,
-                f"it does not answer after {waited:.0f} s: {asked.complaint[:300]}",
+                f"it does not answer after {waited:.0f} s: {asked.complaint}",
                 f"kubectl --namespace={wanted['namespace']} get pods,endpointslices; the API "
                 "server must reach the controller's pod; then run up again",
             )
