@@ -45,11 +45,11 @@ class Metal(Host):
         self.objects = World(root / "world" / "kubernetes")
         self.inside = ApiServer(self.objects, cluster_id(self.made["ca"]))
 
-    def inspect(self, code: int = 0, kubeconfig: str | None = None) -> Any:
+    def look(self, code: int = 0, kubeconfig: str | None = None) -> Any:
         spec = {"name": "metal", "kubeconfig": kubeconfig or self.kubeconfig}
         return self("cluster inspect", spec, code)
 
-    def edit_node(self, name: str, edit: Any) -> None:
+    def change_node(self, name: str, edit: Any) -> None:
         key = f"{self.inside.cluster}/_cluster/Node/{name}"
         node = self.objects.get(key)
         assert node
@@ -88,7 +88,7 @@ def metal(tmp_path: Path) -> Metal:
 
 
 def test_a_cluster_that_answers_shows_its_nodes(metal: Metal) -> None:
-    seen = metal.inspect()
+    seen = metal.look()
     assert seen["state"] == "reachable"
     assert seen["nodes"] == {
         name: {
@@ -110,16 +110,16 @@ def test_a_lost_node_and_one_that_kubeadm_excludes_are_told(metal: Metal) -> Non
         excluded = {"node.kubernetes.io/exclude-from-external-load-balancers": ""}
         node["metadata"]["labels"] = excluded
 
-    metal.edit_node("worker-1", lose)
-    metal.edit_node("control-plane", label)
-    nodes = metal.inspect()["nodes"]
+    metal.change_node("worker-1", lose)
+    metal.change_node("control-plane", label)
+    nodes = metal.look()["nodes"]
     assert (nodes["worker-1"]["ready"], nodes["control-plane"]["ready"]) == (False, True)
     assert nodes["control-plane"]["excluded"]
 
 
 def test_a_cluster_that_does_not_answer_is_unreachable_and_not_absent(metal: Metal) -> None:
     metal.machine.world.put("existing/metal", metal.made | {"state": "stopped"})
-    seen = metal.inspect()
+    seen = metal.look()
     assert (seen["state"], seen["nodes"]) == ("unreachable", {})
     assert "192.168.1.130:6443" in seen["detail"]
 
@@ -127,14 +127,14 @@ def test_a_cluster_that_does_not_answer_is_unreachable_and_not_absent(metal: Met
 def test_another_cluster_at_the_address_is_refused(metal: Metal) -> None:
     other = existing.made_up({**CLUSTER, "name": "other"})
     metal.machine.world.put("existing/metal", metal.made | {"ca": other["ca"]})
-    error = metal.inspect(3)
+    error = metal.look(3)
     assert error["code"] == "refused"
     assert "another cluster" in error["cause"]
 
 
 def test_without_kubectl_it_cannot_be_told(metal: Metal) -> None:
     metal.machine.set("missing-tools.json", ["kubectl"])
-    assert metal.inspect(6)["code"] == "tool"
+    assert metal.look(6)["code"] == "tool"
 
 
 def test_k3ss_own_load_balancer_is_seen(metal: Metal) -> None:
@@ -158,11 +158,11 @@ def test_k3ss_own_load_balancer_is_seen(metal: Metal) -> None:
         },
         "k3s",
     )
-    assert metal.inspect()["servicelb"] == ["svclb-traefik-0a1b2c3d"]
+    assert metal.look()["servicelb"] == ["svclb-traefik-0a1b2c3d"]
 
 
 def test_the_kubeconfig_is_in_no_argument_and_its_file_is_gone_afterwards(metal: Metal) -> None:
-    metal.inspect()
+    metal.look()
     for key in ("certificate", "key"):
         assert metal.made[key] not in str(metal.calls) + metal.said
     assert not metal.machine.exists("/run/hostctl-private")

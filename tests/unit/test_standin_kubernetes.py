@@ -789,6 +789,99 @@ def test_a_release_needs_its_namespace_unless_it_makes_it(charts: Kubernetes):
     assert charts.read(request("core/v1:Namespace", id="tailscale")) is not None
 
 
+def test_a_value_that_the_charts_schema_does_not_know_is_refused(charts: Kubernetes):
+    chart = {"appVersion": "v9", "values": ["deployment", "service"]}
+    charts.world.put("charts", {"https://charts.test/operator@1.2.3": chart})
+    values = {"deployment": {"initContainers": []}, "initContainers": []}
+    asked = request("helm.sh/v3:Release", news=release(values=values))
+    ((path, text),) = charts.check(asked).failures
+    assert path == "values"
+    assert "Additional property initContainers is not allowed" in text
+
+
+# MetalLB, as the API server's clients see it
+
+SYSTEM = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "metallb-system"}}
+CRDS = {"ipaddresspools.metallb.io/v1beta1": "IPAddressPool"}
+
+
+@pytest.fixture
+def metallb(charts: Kubernetes) -> Kubernetes:
+    """A provider in whose cluster a chart has brought MetalLB's kinds."""
+    chart = {"appVersion": "v9", "crds": CRDS}
+    charts.world.put("charts", {"https://charts.test/operator@1.2.3": chart})
+    create(charts, SYSTEM)
+    charts.create(request("helm.sh/v3:Release", news=helm(charts)))
+    return charts
+
+
+def pool(name: str, addresses: str, **spec: Any) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": "metallb-system"}
+    spec = {"addresses": [addresses], **spec}
+    return {
+        "apiVersion": "metallb.io/v1beta1",
+        "kind": "IPAddressPool",
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def balancer(name: str, asked: str | None = None) -> dict[str, Any]:
+    service = obj("v1", "Service", name, spec={"type": "LoadBalancer", "ports": [{"port": 80}]})
+    if asked:
+        service["metadata"]["annotations"] = {"metallb.io/loadBalancerIPs": asked}
+    return service
+
+
+def address(state: dict[str, Any]) -> str:
+    return state["status"]["loadBalancer"]["ingress"][0]["ip"]
+
+
+def test_a_load_balancer_gets_the_address_that_it_asks_for_or_a_free_one(metallb: Kubernetes):
+    create(metallb, pool("main", "192.168.1.240-192.168.1.241"))
+    create(metallb, pool("spare", "192.168.1.232/31", autoAssign=False))
+    asks = create(metallb, balancer("asks", "192.168.1.240"), timeout=0.01)[1]
+    assert address(asks) == "192.168.1.240"
+    assert address(create(metallb, balancer("any"), timeout=0.01)[1]) == "192.168.1.241"
+    spare = create(metallb, balancer("spare", "192.168.1.233"), timeout=0.01)[1]
+    assert address(spare) == "192.168.1.233"
+    # None is left, the asked one is taken, or in no pool.
+    for name, asked in (("left", None), ("taken", "192.168.1.240"), ("outside", "192.168.1.9")):
+        with pytest.raises(InitFailed, match="timed out waiting"):
+            create(metallb, balancer(name, asked), timeout=0.01)
+
+
+def test_a_load_balancer_without_an_address_gets_one_when_a_pool_comes(metallb: Kubernetes):
+    with pytest.raises(InitFailed):
+        create(metallb, balancer("early"), timeout=0.01)
+    create(metallb, pool("main", "192.168.1.240/32"))
+    found = metallb.read(request("core/v1:Service", id="default/early"))
+    assert found is not None
+    assert address(found[1]) == "192.168.1.240"
+
+
+def test_metallbs_webhook_refuses_pools_that_overlap_and_may_be_silent(metallb: Kubernetes):
+    create(metallb, pool("main", "192.168.1.240-192.168.1.245"))
+    with pytest.raises(Failure, match=r"denied the request.*overlaps with already defined"):
+        create(metallb, pool("more", "192.168.1.244/31"))
+    metallb.world.put("webhooks", {"metallb": 1})
+    with pytest.raises(Failure, match="failed calling webhook"):
+        create(metallb, pool("other", "192.168.1.250/32"))
+    create(metallb, pool("other", "192.168.1.250/32"))
+
+
+def test_the_definitions_of_a_chart_come_and_go_with_its_release(metallb: Kubernetes):
+    create(metallb, pool("main", "192.168.1.240/32"))
+    state = metallb.read(
+        request("helm.sh/v3:Release", id="default/operator", olds=helm(metallb), old_inputs={})
+    )
+    assert state is not None
+    metallb.delete(request("helm.sh/v3:Release", id="default/operator", olds=state[1]))
+    with pytest.raises(Failure, match="no matches for kind"):
+        create(metallb, pool("main", "192.168.1.240/32"))
+    assert not list(metallb.world.root.rglob("IPAddressPool.metallb.io/*.json"))
+
+
 def test_what_would_fetch_at_every_preview_is_not_rehearsed(provider: Kubernetes):
     with pytest.raises(Unimplemented, match="kubernetes:helm:template"):
         provider.invoke("kubernetes:helm:template", {}, preview=True)
