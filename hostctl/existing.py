@@ -130,7 +130,7 @@ def metallb_wait(machine: Machine, spec: dict[str, Any]) -> Result:
         waited = machine.now() - started
         if asked.code == 0 or _DENIED.search(said):
             return {"waited": int(waited)}
-        if not (_NOT_YET.search(said) or UNREACHABLE.search(said)):
+        if not (_NO_ANSWER_YET.search(said) or UNREACHABLE.search(said)):
             raise Failure("failed", step, asked.complaint, "see the cause, then run up again")
         if waited >= wanted["seconds"]:
             raise Failure(
@@ -145,7 +145,7 @@ def metallb_wait(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 _DENIED = re.compile(r"admission webhook \S+ denied the request")
-_NOT_YET = re.compile(
+_NO_ANSWER_YET = re.compile(
     r"failed calling webhook|failed to call webhook|no matches for kind"
     r"|the server could not find the requested resource"
 )
