@@ -307,6 +307,9 @@ def test_destroy_takes_out_what_the_stack_put_in_and_leaves_the_cluster(metal):
     assert metal.there() == set()
     assert sorted((metal.objects / "_cluster" / "Node").iterdir()) == nodes
     assert json.loads(metal.cluster_file.read_text())["state"] == "running"
+    host = RehearsalMachine(metal.world / "machine")
+    assert host.exists("/etc/kubernetes/admin.conf")
+    assert not host.exists("/var/lib/homelab/kubeconfigs/metal")
 
 
 if __name__ == "__main__":
