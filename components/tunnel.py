@@ -32,6 +32,7 @@ import pulumi_kubernetes as kubernetes
 
 import homelab
 from components import settings
+from components.charts import CURL
 from components.cluster import Cluster
 from components.ownership import deployment_name
 
@@ -42,11 +43,6 @@ _USER = 65532
 _STOP_SECONDS = 45
 
 _TOKEN_FILE = "/etc/cloudflared/token"
-
-# curl's own image; its entry point is not used.
-_CURL = (
-    "curlimages/curl:8.11.1@sha256:c1fe1679c34d9784c1b0d1e5f62ac0a79fca01fb6377cdd33e90473c6f9f9a69"
-)
 
 _KEEPALIVE_SECONDS = 120
 _KEEPALIVE_LIMIT_SECONDS = 10
@@ -468,7 +464,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                         "containers": [
                             {
                                 "name": "curl",
-                                "image": _CURL,
+                                "image": CURL,
                                 "command": _keepalive(routes),
                                 "resources": {
                                     "requests": {"cpu": "1m", "memory": "8Mi"},
@@ -494,10 +490,10 @@ class CloudflareTunnel(pulumi.ComponentResource):
         """
         name = f"keepalive-{self._name}"
         options = pulumi.ResourceOptions(parent=self, provider=self._args.docker)
-        image = docker.RemoteImage(name, name=_CURL, keep_locally=True, opts=options)
+        image = docker.RemoteImage(name, name=CURL, keep_locally=True, opts=options)
         docker.Container(
             name,
-            **_confined(name, _CURL),
+            **_confined(name, CURL),
             entrypoints=_keepalive(routes),
             init=True,  # a shell as PID 1 takes no SIGTERM
             opts=pulumi.ResourceOptions.merge(
