@@ -3,7 +3,7 @@ PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
 setup = $(PYTHON) -m setup
-# Only where tests/cluster is going to run.
+# Only where tests/cluster is going to run: it needs a kube-apiserver.
 cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
 
 # Without cached bytecode every run compiles the providers' SDKs anew, which takes seconds.

@@ -619,7 +619,11 @@ class RehearsalMachine(Machine):
         data = f"/var/lib/docker/volumes/{self._random(node['name'])}/_data"
         mounts.append({"Type": "volume", "Source": data, "Destination": _K3S})
         published = running and node.get("published", True)
-        ports = {port: bound if published else None for port, bound in node["ports"].items()}
+        ports: Object = {}
+        for port, bound in node["ports"].items():
+            # k3d names the API's port without a protocol, and Docker shows it as it was given.
+            full = port if "/" in port else f"{port}/tcp"
+            ports[full] = ports.get(full, []) + bound if published else None
         endpoint = {"IPAddress": node["address"] if running else "", "NetworkID": "0"}
         networks = {} if node.get("disconnected") else {node["network"]: endpoint}
         return {
@@ -799,7 +803,7 @@ class RehearsalMachine(Machine):
             }
             nodes.append(front)
         api = {"HostIp": config["kubeAPI"]["hostIP"], "HostPort": config["kubeAPI"]["hostPort"]}
-        front["ports"]["6443/tcp"] = [api]
+        front["ports"]["6443"] = [api]
         for item in config["ports"]:
             bind, host_port, inside = item["port"].split(":")
             bound = {"HostIp": bind, "HostPort": host_port}

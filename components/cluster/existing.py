@@ -261,6 +261,7 @@ class ExistingCluster(pulumi.ComponentResource):
             ["files", "write"],
             {"path": path, "content": live.kubeconfig, "mode": "0600"},
             secret=True,
+            delete=["files", "remove"],
             opts=pulumi.ResourceOptions(parent=self),
         )
         provider = kubernetes.Provider(

@@ -334,7 +334,7 @@ def test_network_must_be_there_with_its_subnet(
 
 def test_incident_01_no_load_balancer_before_one_server(live: Host) -> None:
     assert [node["name"] for node in live.cluster["nodes"]] == [NODE]
-    assert live.cluster["nodes"][0]["ports"]["6443/tcp"] == [
+    assert live.cluster["nodes"][0]["ports"]["6443"] == [
         {"HostIp": "127.0.0.1", "HostPort": "6443"}
     ]
 
