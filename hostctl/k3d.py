@@ -222,11 +222,12 @@ def resume(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Clust
     begun = read_record(machine, name).get("creating")
     if not begun:
         return cluster
+    # k3d makes one of its own and fails on one that is there.
+    helper = f"k3d-{name}-tools"
+    if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
+        step = f"removing k3d's helper {helper} of a create that was cut off"
+        run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
     if cluster.state == "absent":
-        helper = f"k3d-{name}-tools"
-        if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
-            step = f"removing k3d's helper {helper} of a create that was cut off"
-            run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
         return cluster
     ours = [node for node in cluster.nodes if node.labels.get(CREATE_LABEL) == begun["nonce"]]
     if not ours:

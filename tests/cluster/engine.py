@@ -298,6 +298,19 @@ class Engine:
         listed = self.docker("ps", "-a", "--format", '{{.Label "k3d.cluster"}}')
         return sorted(set(listed.split()))
 
+    @contextlib.contextmanager
+    def events(self) -> Iterator["Events"]:
+        """What dockerd does, from now on."""
+        row = "{{.Type}} {{.Action}}\t{{.Actor.ID}}\t{{.Actor.Attributes.name}}"
+        # Since now: what happens before the question has reached dockerd is told too.
+        argv = ["docker", "events", f"--since={time.time():.9f}", "--format", row]
+        following = self.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            yield Events(following)
+        finally:
+            following.kill()
+            following.communicate()
+
     def clean(self) -> None:
         """Removes all containers, networks and volumes, what was written on the host, and the
         resolver."""
@@ -331,6 +344,23 @@ class Engine:
             text = _RUNC.format(runc=runc)
         (self.root / "runc").write_text(text)
         (self.root / "runc").chmod(0o755)
+
+
+class Events:
+    """The events of a dockerd."""
+
+    def __init__(self, following: subprocess.Popen[bytes]) -> None:
+        self._following = following
+
+    def until(self, step: str) -> str:
+        """Waits for the next event such as "container start" and returns the id of what it is
+        about. k3d's helper containers do not count."""
+        assert self._following.stdout
+        for line in self._following.stdout:
+            action, subject, name = line.decode().rstrip("\n").split("\t")
+            if action == step and not name.endswith("-tools"):
+                return subject
+        raise AssertionError(f"dockerd ended before {step}")
 
 
 def _remove(root: Path) -> None:
