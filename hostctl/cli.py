@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+from hostctl.acceptance import k3d_accept
 from hostctl.argocd import argocd_apply, argocd_resolve
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
+from hostctl.install import install_k3d
 from hostctl.k3d import (
     k3d_delete,
-    k3d_doctor,
     k3d_ensure,
     k3d_identity,
     k3d_inspect,
@@ -24,18 +25,21 @@ from hostctl.k3d import (
     k3d_stop,
 )
 from hostctl.machine import Machine
+from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
-from hostctl.record import read_record
+from hostctl.record import next_generation, read_record
 from hostctl.spec import NAME_SPEC, checked
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
 
 
 class Verb(NamedTuple):
-    """A verb: what runs, an example of its spec, and how the record gives the spec of a NAME."""
+    """A verb: what runs, an example of its spec, how the record gives the spec of a NAME, and
+    whether it runs without a spec, too."""
 
     run: Callable[[Machine, dict[str, Any]], Result]
     example: Mapping[str, Any]
     recorded: Callable[[Machine, str], dict[str, Any]] | None = None
+    bare: bool = False
 
 
 def _recorded_cluster(machine: Machine, name: str) -> dict[str, Any]:
@@ -51,6 +55,13 @@ def _recorded_kubeconfig(machine: Machine, name: str) -> dict[str, Any]:
         raise _nothing_recorded(name, "a kubeconfig")
     keys = ("path", "owner", "group", "mode", "directory_mode", "server")
     return {"cluster": name, **{key: written[key] for key in keys}}
+
+
+def _recorded_acceptance(machine: Machine, name: str) -> dict[str, Any]:
+    last = read_record(machine, name).get("acceptance") or {}
+    # What the stack holds of one that did not pass must not stand when this one does.
+    generation = next_generation(last, last.get("state") == "passed")
+    return {"name": name, "acceptance": last.get("asked", {}), "generation": generation}
 
 
 def _nothing_recorded(name: str, what: str) -> Failure:
@@ -94,10 +105,26 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "start"): Verb(k3d_start, {"name": "factory"}, _by_name),
     ("k3d", "stop"): Verb(k3d_stop, {"name": "factory"}, _by_name),
     ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
-    ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster),
+    ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster, bare=True),
+    ("k3d", "accept"): Verb(
+        k3d_accept,
+        {
+            "name": "factory",
+            "acceptance": {
+                "name": "registry-1.docker.io",
+                "image": "rancher/mirrored-library-busybox:1.36.1",
+                "required": False,
+            },
+            "generation": 1,
+        },
+        _recorded_acceptance,
+    ),
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
     ("k3d", "kubeconfig"): Verb(
         k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
+    ),
+    ("install", "k3d"): Verb(
+        install_k3d, {"version": None, "sha256": None, "url": None}, bare=True
     ),
     ("kubeconfig",): Verb(
         kubeconfig,
@@ -236,7 +263,8 @@ def _parser() -> argparse.ArgumentParser:
                 f"or, as recorded on this host:\n  hostctl {text} factory\n"
                 if verb.recorded
                 else ""
-            ),
+            )
+            + (f"or, without a spec:\n  hostctl {text}\n" if verb.bare else ""),
         )
         one.set_defaults(words=words)
         if verb.recorded:
@@ -267,11 +295,16 @@ def _spec(
         confirm = getattr(options, "confirm", None)
         return {**spec, "confirm": confirm} if confirm else spec
     try:
-        text = machine.read(options.spec).decode() if options.spec else stdin.read()
+        if options.spec:
+            text = machine.read(options.spec).decode()
+        else:
+            text = "" if verb.bare and stdin.isatty() else stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(
             "bad-spec", step, f"{options.spec}: {error}", "give a readable file"
         ) from None
+    if verb.bare and not text.strip():
+        return {}
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError):

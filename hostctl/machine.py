@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import grp
 import hashlib
+import http.client
 import os
 import pwd
+import re
 import secrets
 import signal
 import socket
@@ -17,18 +19,22 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, NoReturn
 
 from hostctl.protocol import Failure, say
 
 STATE_DIRECTORY = "/var/lib/homelab"
+TOOLS_DIRECTORY = "/var/lib/homelab/bin"
 QUERY_SECONDS = 30.0
 """How long a question to a tool may take before the answer is: cannot tell."""
 PROGRESS_SECONDS = 5.0
 LOCK_SECONDS = 3600.0
 FILE_BYTES = 1024 * 1024
 """The largest file that is read; the API server takes no Secret above 1 MiB."""
+DOWNLOAD_BYTES = 200 * 1024 * 1024
 
 
 class Ran(NamedTuple):
@@ -60,6 +66,14 @@ class Stat(NamedTuple):
     modified: float
 
 
+class Served(NamedTuple):
+    """What a TLS server shows of itself: its certificate (DER), and the time that it answered, in
+    seconds since 1970; None where it gave none."""
+
+    certificate: bytes
+    date: float | None
+
+
 class ToolMissing(Exception):
     """The program is not on PATH."""
 
@@ -89,6 +103,7 @@ class Machine:
         ends_with_us: bool = False,
     ) -> Ran:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
+        What hostctl installed comes before what else is on PATH.
 
         ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
         session, so that an interrupt here does not cut it off half-way, and inherits the host's
@@ -103,7 +118,7 @@ class Machine:
                 stdin=subprocess.PIPE,
                 stdout=sink or subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C", **(env or {})},
+                env={**os.environ, "LC_ALL": "C", "PATH": _path(), **(env or {})},
                 start_new_session=True,
                 pass_fds=self._locks,
             )
@@ -267,6 +282,23 @@ class Machine:
         seen = os.statvfs(path)
         return seen.f_bavail * seen.f_frsize
 
+    def file_system(self, path: str) -> tuple[str, bool]:
+        """Type of the file system that holds the path or its nearest existing parent, and whether
+        it can be written. Raises OSError when that cannot be seen."""
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        path = os.path.realpath(path)
+        kind, longest, read_only = "", -1, False
+        for line in self.read("/proc/self/mountinfo").decode("utf-8", "replace").splitlines():
+            # proc_pid_mountinfo(5); blanks in a path are \040.
+            mount, _, source = line.partition(" - ")
+            point = mount.split()[4].replace("\\040", " ")
+            inside = point == "/" or path == point or path.startswith(point + "/")
+            if inside and len(point) >= longest:
+                kind, longest = source.split()[0], len(point)
+                read_only = "ro" in mount.split()[5].split(",")
+        return kind, not read_only
+
     def tree_bytes(self, path: str) -> int:
         """The sizes of all files below a directory. Raises OSError for what cannot be read."""
 
@@ -328,6 +360,11 @@ class Machine:
                     return content
         return socket.gethostname()
 
+    def kernel(self) -> tuple[str, str]:
+        """The release of the running kernel, and the architecture in the words of uname(1)."""
+        seen = os.uname()
+        return seen.release, seen.machine
+
     # Network
 
     def has_address(self, address: str) -> bool:
@@ -339,9 +376,11 @@ class Machine:
                 return False
         return True
 
-    def port_is_free(self, address: str, port: int) -> bool:
-        with contextlib.closing(_socket(address)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
+        with contextlib.closing(_socket(address, protocol)) as probe:
+            if protocol == "tcp":
+                # A connection that is closing is none; with UDP it would let two share a port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((address, port))
             except OSError:
@@ -360,6 +399,51 @@ class Machine:
         except OSError as error:
             return str(error)
 
+    def served(self, address: str, port: int) -> Served | None:
+        """What a TLS server shows of itself, trusted or not: one whose certificate has expired is
+        no longer. None when it does not answer."""
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        try:
+            with (
+                socket.create_connection((address, port), 5) as plain,
+                context.wrap_socket(plain) as secure,
+            ):
+                certificate = secure.getpeercert(binary_form=True)
+                secure.sendall(b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                # It answers a stranger with 401, and says when.
+                head = secure.recv(65536).decode("latin-1")
+        except OSError:
+            return None
+        said = re.search(r"^date: *(.+?)\s*$", head, re.IGNORECASE | re.MULTILINE)
+        date = parsedate_to_datetime(said.group(1)).timestamp() if said else None
+        return Served(certificate or b"", date)
+
+    def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
+        """What is at the URL, which may be reached through the environment's proxy. Raises OSError
+        when it cannot be had whole, ValueError when it is not what the sha256 says."""
+        content = bytearray()
+        told = time.monotonic()
+        try:
+            with urllib.request.urlopen(url, timeout=QUERY_SECONDS) as answer:
+                for piece in iter(lambda: answer.read(256 * 1024), b""):
+                    content += piece
+                    if len(content) > DOWNLOAD_BYTES:
+                        raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
+                    if time.monotonic() - told >= PROGRESS_SECONDS:
+                        told = time.monotonic()
+                        tick(len(content))
+                expected = answer.headers.get("Content-Length")
+        except http.client.HTTPException as error:
+            raise OSError(str(error) or type(error).__name__) from None
+        if expected is not None and len(content) != int(expected):
+            raise OSError(f"cut off after {len(content)} of {expected} bytes")
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise ValueError(found)
+        return bytes(content)
+
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         """What the processes and their threads have read so far; None when that cannot be seen."""
         total, seen = 0, False
@@ -373,6 +457,10 @@ class Machine:
     def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
         """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
         return None
+
+
+def _path() -> str:
+    return f"{TOOLS_DIRECTORY}:{os.environ.get('PATH', os.defpath)}"
 
 
 def _private(path: str, flags: int) -> int:
@@ -406,9 +494,9 @@ def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> b
     return False
 
 
-def _socket(address: str) -> socket.socket:
+def _socket(address: str, protocol: str = "tcp") -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.socket(family, socket.SOCK_STREAM)
+    return socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
 
 
 def _take_lock(machine: Machine, descriptor: int, name: str) -> None:

@@ -19,7 +19,13 @@ World, below `<rehearsal>/world/machine/`:
                             "<commit>"}}}; a repository that is not listed has every branch, at a
                             made-up commit
   addresses.json            {"<address>": seconds until an interface has it, or null for never}
-  ports.json                ports that others listen on; free: bytes of free disk
+  ports.json                ports that others listen on, as 8080 or "8080/udp"; free: bytes of free
+                            disk; file-system.json: [type, whether it can be written]
+  pods.json                 {"lookup": what becomes of a pod that asks for a name: "resolves",
+                            "fails", "no-image" or "unscheduled"}
+  clock-skew                seconds that the API server's clock is ahead of the host's
+  downloads.json            {"<url>": sha256 of what is there, or null when it is cut off}; any
+                            other has what is asked for
   accounts.json             users and groups that the host lacks
   docker-down               Docker does not answer (as does world/docker/unreachable)
   missing-tools.json        programs that are not on PATH
@@ -47,7 +53,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from hostctl.machine import Machine, Ran, Stat, ToolMissing
+from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMissing
 from rehearsal.core import World
 
 Object = dict[str, Any]
@@ -68,6 +74,22 @@ _DOCKER_DOWN = (
     "Is the docker daemon running?"
 )
 _K3S = "/var/lib/rancher/k3s"
+_INFO: Object = {
+    "CgroupVersion": "2",
+    "DockerRootDir": "/var/lib/docker",
+    "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
+}
+# Of a host that lacks nothing. What is in the world's files takes their place.
+_KERNEL_FILES = {
+    "/proc/modules": "".join(
+        f"{name} 16384 1 - Live 0x0000000000000000\n"
+        for name in ("overlay", "br_netfilter", "nf_conntrack", "vxlan")
+    ),
+    "/proc/sys/fs/inotify/max_user_instances": "512\n",
+    "/proc/sys/fs/inotify/max_user_watches": "524288\n",
+    "/proc/sys/net/ipv4/ip_forward": "1\n",
+    "/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory hugetlb pids rdma misc\n",
+}
 
 
 class _Usage(Exception):
@@ -146,7 +168,8 @@ class RehearsalMachine(Machine):
         limit: int = 0,
         ends_with_us: bool = False,
     ) -> Ran:
-        if argv[0] in self.setting("missing-tools.json", []):
+        installed = self._file(f"{TOOLS_DIRECTORY}/{argv[0]}").exists()
+        if argv[0] in self.setting("missing-tools.json", []) and not installed:
             raise ToolMissing(argv[0])
         models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
             "docker": self._docker,
@@ -178,6 +201,8 @@ class RehearsalMachine(Machine):
         return self.root / "access" / (quote(path, safe="") + ".json")
 
     def read(self, path: str, limit: int = 1024 * 1024) -> bytes:
+        if path in _KERNEL_FILES and not self._file(path).exists():
+            return _KERNEL_FILES[path].encode()
         return self._file(path).read_bytes()
 
     def write_atomic(
@@ -255,7 +280,13 @@ class RehearsalMachine(Machine):
         return sum(len(content) for _, content in self._tree(path))
 
     def checksum(self, path: str) -> str:
-        return hashlib.sha256(self.read(path)).hexdigest()
+        content = self.read(path)
+        downloaded = content.partition(_DOWNLOADED)[2]
+        return downloaded.decode() or hashlib.sha256(content).hexdigest()
+
+    def file_system(self, path: str) -> tuple[str, bool]:
+        kind, writable = self.setting("file-system.json", ["ext4", True])
+        return kind, writable
 
     def _tree(self, path: str) -> list[tuple[str, bytes]]:
         top = self._file(path)
@@ -296,16 +327,40 @@ class RehearsalMachine(Machine):
         seed = self.setting("seed", "a rehearsal")
         return hashlib.sha256(f"{seed}/{what}".encode()).hexdigest()
 
+    def kernel(self) -> tuple[str, str]:
+        return "6.12.0", "x86_64"
+
     # Network
 
     def has_address(self, address: str) -> bool:
         after = self.setting("addresses.json", {}).get(address, 0)
         return after is not None and self.setting("slept", 0.0) >= after
 
-    def port_is_free(self, address: str, port: int) -> bool:
-        return port not in self.setting("ports.json", []) and not any(
+    def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
+        taken = self.setting("ports.json", [])
+        if protocol == "udp":
+            return f"{port}/udp" not in taken
+        return port not in taken and not any(
             self._publishes(cluster, port) for cluster in self.clusters()
         )
+
+    def served(self, address: str, port: int) -> Served | None:
+        for cluster in self.clusters():
+            if self._publishes(cluster, port) and self._is_open(cluster):
+                shown = base64.b64decode(cluster.get("serving", cluster["certificate"])).decode()
+                return Served(
+                    base64.b64decode("".join(shown.splitlines()[1:-1])),
+                    float(int(self.now() + self.setting("clock-skew", 0))),
+                )
+        return None
+
+    def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
+        there = self.setting("downloads.json", {}).get(url, sha256)
+        if there is None:
+            raise OSError("cut off after 4096 of 25000000 bytes")
+        if there != sha256:
+            raise ValueError(there)
+        return _DOWNLOADED + sha256.encode()
 
     def connect(self, address: str, port: int, ca: str) -> str | None:
         for cluster in self.clusters():
@@ -354,9 +409,9 @@ class RehearsalMachine(Machine):
         if key == "TS_AUTHKEY" or "tailscale" in path:
             return f"tskey-auth-{value}"
         if kind == "kubernetes.io/tls":
-            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value)
+            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value.encode())
         if kind == "kubernetes.io/ssh-auth":
-            return _pem("OPENSSH PRIVATE KEY", value)
+            return _pem("OPENSSH PRIVATE KEY", value.encode())
         return value
 
     # Docker
@@ -373,6 +428,8 @@ class RehearsalMachine(Machine):
             verb, rest = f"{words[0]}_{words[1]}", words[2:]
         else:
             verb, rest = words[0], words[1:]
+        if verb == "exec":
+            return self._docker_exec(rest, input)
         model = getattr(self, f"_docker_{verb}", None)
         if model is None:
             raise _Usage("unknown command")
@@ -489,8 +546,14 @@ class RehearsalMachine(Machine):
             )
         return _done(_archive(files[path]))
 
-    def _docker_exec(self, words: list[str]) -> Ran:
-        container, *argv = words
+    def _docker_info(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{json .}}"]:
+            raise _Usage("docker info without --format '{{json .}}'")
+        return _done(json.dumps(_INFO | self.setting("docker-info.json", {})))
+
+    def _docker_exec(self, words: list[str], input: bytes) -> Ran:
+        interactive = words[0] == "--interactive"
+        container, *argv = words[1:] if interactive else words
         found = self._node(container)
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
@@ -499,11 +562,15 @@ class RehearsalMachine(Machine):
             return _failed(f"Error response from daemon: container {container} is not running")
         if argv == ["k3s", "--version"]:
             return _done("k3s version v1.31.5+k3s1 (00000000)\n")
+        if argv == ["ls", "/opt/cni/bin"]:
+            plugins = node.get("plugins", [])
+            return _done("\n".join(plugins)) if plugins else _failed(f"ls: {argv[1]}: No such file")
         if argv[0] != "kubectl":
             raise _Usage(f"docker exec of {argv[0]}")
         if not self._is_open(cluster):
             return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
-        return self._kubectl(argv[1:], b"", cluster)
+        # Without --interactive, docker exec gives the program no stdin.
+        return self._kubectl(argv[1:], input if interactive else b"", cluster)
 
     def _docker_top(self, words: list[str]) -> Ran:
         container, *options = words
@@ -818,8 +885,12 @@ class RehearsalMachine(Machine):
         return cluster
 
     def _certificate(self, what: str) -> str:
-        kind = "EC PRIVATE KEY" if "key" in what else "CERTIFICATE"
-        return base64.b64encode(_pem(kind, self._random(what)).encode()).decode()
+        if "key" in what:
+            return base64.b64encode(
+                _pem("EC PRIVATE KEY", self._random(what).encode()).encode()
+            ).decode()
+        # Of no rehearsal's age, so that it never ends in one.
+        return made_up_certificate(self._random(what), "20200101000000Z", "21200101000000Z")
 
     def _new_node(
         self, config: Object, labels: Object, network: str, role: str, number: int
@@ -942,7 +1013,8 @@ class RehearsalMachine(Machine):
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 
-        return Kubectl(self.root.parent, cluster["ca"], self.now()).run(words, input)
+        pods = self.setting("pods.json", {})
+        return Kubectl(self.root.parent, cluster["ca"], self.now(), pods).run(words, input)
 
 
 _KEYS = {
@@ -1003,9 +1075,31 @@ def _check_keys(value: Any, shape: Any, path: str) -> None:
         raise _Usage(f"{path}: not {shape.__name__}")
 
 
-def _pem(kind: str, content: str) -> str:
+_DOWNLOADED = b"made-up download with the sha256 "
+
+
+def made_up_certificate(subject: str, begins: str, ends: str) -> str:
+    """What a kubeconfig holds of a certificate: base64 of PEM. Only its validity can be read.
+
+    begins, ends: GeneralizedTime (YYYYMMDDHHMMSSZ).
+    """
+    serial, name = _der(0x02, bytes.fromhex(subject[:16])), _der(0x0C, subject.encode())
+    version, algorithm = _der(0xA0, _der(0x02, b"\x02")), _der(0x30, b"")
+    times = _der(0x18, begins.encode()) + _der(0x18, ends.encode())
+    body = version + serial + algorithm + _der(0x30, name) + _der(0x30, times)
+    signed = _der(0x30, _der(0x30, body) + algorithm)
+    return base64.b64encode(_pem("CERTIFICATE", signed).encode()).decode()
+
+
+def _der(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    length = bytes([size]) if size < 128 else b"\x82" + size.to_bytes(2, "big")
+    return bytes([tag]) + length + content
+
+
+def _pem(kind: str, content: bytes) -> str:
     """A PEM block that parses; what is in it is made up."""
-    body = base64.b64encode(content.encode()).decode()
+    body = base64.b64encode(content).decode()
     return f"-----BEGIN {kind}-----\n{body}\n-----END {kind}-----\n"
 
 

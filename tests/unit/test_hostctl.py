@@ -224,8 +224,12 @@ def test_missing_docker_names_version_and_snippets(host: Host) -> None:
 
 def test_missing_k3d_is_told_before_a_create(host: Host) -> None:
     host.machine.set("missing-tools.json", ["k3d"])
-    error = host("k3d inspect", SPEC, code=6)
+    (warning,) = host.inspect()["warnings"]
+    assert "k3d is not on PATH" in warning["what"]
+    assert "pkgs.k3d" in warning["remedy"]
+    error = host("k3d ensure", SPEC, code=6)
     assert "pkgs.k3d" in error["remedy"]
+    assert host.machine.clusters() == []
 
 
 def test_foreign_container_with_the_name_of_a_node_is_refused(host: Host) -> None:
