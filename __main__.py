@@ -27,7 +27,7 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
-live = LiveCluster.read(stack.cluster, connection)
+live = LiveCluster.read(stack.cluster, connection, installs_k3d=stack.host.k3d.install)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.state == "running":
@@ -38,7 +38,7 @@ if stack.tailscale:
 for warning in stack.warnings:
     pulumi.log.warn(warning)
 
-host = Host(pulumi.get_stack(), connection)
+host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker.Provider("docker", host=stack.host.docker, ssh_opts=connection.ssh_options or None)
 k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
 kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
@@ -73,6 +73,7 @@ if stack.tailscale and stack.tailscale.operator:
 
 homelab.export(
     cluster=k3d.output,
+    acceptance=k3d.acceptance,
     kubeconfig=kubeconfig.content,
     namespaces=namespaces.names,
     argocd=argocd and argocd.output,

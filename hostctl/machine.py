@@ -426,7 +426,7 @@ class Machine:
         content = bytearray()
         told = time.monotonic()
         try:
-            with urllib.request.urlopen(url, timeout=QUERY_SECONDS) as answer:
+            with urllib.request.build_opener().open(url, timeout=QUERY_SECONDS) as answer:
                 for piece in iter(lambda: answer.read(256 * 1024), b""):
                     content += piece
                     if len(content) > DOWNLOAD_BYTES:

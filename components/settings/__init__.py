@@ -8,9 +8,16 @@ is allowed, and the remedy.
 """
 
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import Api, Cluster, KubeconfigFile, Network, PublishedPort
+from components.settings.cluster import (
+    Acceptance,
+    Api,
+    Cluster,
+    KubeconfigFile,
+    Network,
+    PublishedPort,
+)
 from components.settings.config import load
-from components.settings.host import Host
+from components.settings.host import Host, K3d
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -36,6 +43,7 @@ from components.settings.tunnel import (
 )
 
 __all__ = [
+    "Acceptance",
     "Access",
     "Adopt",
     "Api",
@@ -48,6 +56,7 @@ __all__ = [
     "ExternalConnector",
     "Host",
     "HostConnector",
+    "K3d",
     "KubeconfigFile",
     "Namespace",
     "Network",
