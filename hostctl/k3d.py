@@ -376,6 +376,8 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         if fixed or cluster.state == "absent":
             refuse_docker_resolvers(machine, spec)
         if fixed:
+            # Nothing of the cluster is touched when what takes its place cannot be made.
+            refuse_create(name, create_errors(machine, spec, cluster))
             stop(machine, cluster)
             backup = back_up(machine, cluster)
             say(f"the backup in {backup} is verified")

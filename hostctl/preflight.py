@@ -52,14 +52,16 @@ def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:
     }
 
 
-def create_errors(machine: Machine, spec: Mapping[str, Any]) -> list[Finding]:
-    """What certainly makes a create fail, all at once. The caller knows that the cluster is absent;
-    the bind address may still come, since a create waits for it."""
+def create_errors(
+    machine: Machine, spec: Mapping[str, Any], former: Cluster | None = None
+) -> list[Finding]:
+    """What certainly makes a create fail, all at once. An address may still come, since a create
+    waits for it; ``former`` is a cluster that goes first, with the ports that it holds."""
     found = [
         *_tool_findings(machine, spec),
         *_host_findings(machine, spec),
         *_directory_findings(machine, spec),
-        *port_errors(machine, spec),
+        *port_errors(machine, spec, former),
     ]
     return [one for one in found if one.severity == "error"]
 
@@ -81,9 +83,19 @@ def published_ports(spec: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     return ports + [(port["bind"], port["host_port"], port["protocol"]) for port in spec["ports"]]
 
 
-def port_errors(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Finding]:
+def port_errors(
+    machine: Machine, spec: Mapping[str, Any], former: Cluster | None = None
+) -> Iterator[Finding]:
     """Ports that something else has, on the addresses that are there."""
+    held = {
+        (one.get("HostPort"), port.partition("/")[2])
+        for node in (former.nodes if former else ())
+        for port, bound in node.bindings.items()
+        for one in bound
+    }
     for bind, port, protocol in published_ports(spec):
+        if (str(port), protocol) in held:
+            continue
         if machine.has_address(bind) and not machine.port_is_free(bind, port, protocol):
             yield Finding(
                 "error",
@@ -358,7 +370,9 @@ def _sysctl(machine: Machine, key: str, value: int) -> str:
 
 
 def _directory_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Finding]:
-    for directory in [spec["storage_dir"]]:
+    # Volumes and datastore; the latter only where it is not in a volume of Docker's.
+    directories = [spec[key] for key in ("storage_dir", "datastore_dir") if spec.get(key)]
+    for directory in dict.fromkeys(directories):
         seen = None
         try:
             seen = machine.stat(directory)
@@ -388,7 +402,7 @@ def _directory_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[F
                 f"{directory} is on {kind}: {_UNSURE[kind]}",
                 "name a directory on a local ext4, XFS, btrfs or ZFS",
             )
-        yield from _room_findings(machine, directory, "volumes")
+        yield from _room_findings(machine, directory, "what is kept there")
 
 
 def _room_findings(machine: Machine, directory: str, what: str) -> Iterator[Finding]:

@@ -160,7 +160,7 @@ def a_namespace_less(p510):
 # The cluster
 
 
-@edit("update Command cluster")
+@edit("update Command cluster", "update Command acceptance")
 def a_longer_wait_for_the_api(p510):
     with p510.edited() as settings:
         settings["cluster"]["apiWaitSeconds"] = 3600

@@ -81,6 +81,7 @@ def test_the_outputs_are_the_contract(brought_up):
             "storageClass": "local-path",
             "k3sVersion": "v1.31.5+k3s1",
         },
+        "acceptance": {"state": "passed", "detail": "a pod resolves registry-1.docker.io"},
         "namespaces": ["argocd", "factory", "fides", "fides-reporter", "tailscale"],
         "argocd": {
             "repository": "https://github.com/olafkfreund/factory-gitops",

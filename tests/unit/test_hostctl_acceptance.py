@@ -3,6 +3,7 @@ cannot tell; it leaves no pod behind and moves nothing that stands.
 """
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def test_a_pod_that_never_runs_is_cannot_tell(live: Host, fate: str, said: str) 
     assert seen["state"] == "cannot-tell"
     assert said in seen["detail"]
     assert "homelab:cluster.acceptance.image" in seen["remedy"]
-    assert ACCEPT_SECONDS <= live.machine.setting("slept", 0) < ACCEPT_SECONDS + 20
+    # The make-believe time is the real one and what was slept.
+    assert ACCEPT_SECONDS / 2 < live.machine.setting("slept", 0) < ACCEPT_SECONDS + 20
     assert said in live.said, "progress says what it waits for"
     assert pods(live) == []
 
@@ -177,8 +179,6 @@ def test_only_an_address_is_an_answer(
     live: Host, tmp_path: Path, said: str, status: int, expected: int
 ) -> None:
     """busybox's nslookup has ended with 0 for names that have none."""
-    import subprocess
-
     seen = created(live)
     answer(live)
     program = tmp_path / "bin" / "nslookup"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_everything_that_is_wrong_is_found_at_once_worst_first(host: Host) -> No
         "net.ipv4.ip_forward is 0",
         "/var/lib/docker has 1.00 GiB left for images",
         "storage is on tmpfs: it is lost at the next boot",
-        "storage has 1.00 GiB left for volumes",
+        "storage has 1.00 GiB left for what is kept there",
         "no interface has 100.64.0.1; creating and starting wait for it",
     ):
         assert what in said
@@ -262,6 +263,19 @@ def test_a_create_that_would_fail_is_refused_with_all_reasons_and_makes_nothing(
     assert not any("create" in call for call in host.calls)
 
 
+def test_incident_10_a_recreate_that_would_fail_touches_nothing(live: Host) -> None:
+    api = {"bind": "127.0.0.1", "port": 7443}
+    live.machine.set("ports.json", [7443])
+    port = {"host_port": 6443, "container_port": 80, "bind": "127.0.0.1", "protocol": "tcp"}
+    # Its own former port is free by then.
+    anew = SPEC | {"api": api, "ports": [port], "recreate": "factory"}
+    error = live("k3d ensure", anew, code=3)
+    assert error["cause"] == "tcp port 7443 on 127.0.0.1 is in use"
+    assert live.inspect()["state"] == "running"
+    live.machine.set("ports.json", [])
+    live("k3d ensure", anew)
+
+
 def test_a_udp_port_in_use_is_refused_before_a_create(host: Host) -> None:
     host.machine.set("ports.json", ["53/udp"])
     port = {"host_port": 53, "container_port": 53, "bind": "127.0.0.1", "protocol": "udp"}
@@ -297,7 +311,6 @@ def test_what_a_create_needs_does_not_keep_a_cluster_from_being_healed(live: Hos
 
 def certificate(host: Host, begins: float, ends: float) -> str:
     """One that is valid from so many to so many days from now."""
-    from datetime import datetime, timezone
 
     def at(days: float) -> str:
         moment = datetime.fromtimestamp(host.machine.now() + days * DAY, timezone.utc)
