@@ -243,7 +243,8 @@ def test_the_administrators_key_travels_only_for_the_preview_of_a_rotation(
         verbs.append(verb)
         facts = {"differences": [], "unseen": [], "kubeconfig_behind": True, "state": "running"}
         fixed = {"identity": "i", "generation": 1, "incarnation": "m-1"}
-        answer = {**facts, **fixed, "certificate_generation": 2, **changes}
+        accepted = {"acceptance": None, "acceptance_generation": 1, "warnings": []}
+        answer = {**facts, **fixed, **accepted, "certificate_generation": 2, **changes}
         return {"cluster": answer, "kubeconfig": KUBECONFIG}
 
     monkeypatch.setattr(Connection, "read", read)
