@@ -42,7 +42,7 @@ def back_up(machine: Machine, cluster: Cluster) -> str:
             "copy each node's data by hand, then delete the cluster: "
             f"hostctl k3d delete {cluster.name} --confirm {cluster.name}",
         )
-    target = f"{storage.rstrip('/')}-backups/{cluster.name}-{_stamp(machine)}"
+    target = f"{storage.rstrip('/')}-backups/{cluster.name}-{time_stamp(machine)}"
     needed = machine.tree_bytes(storage) + machine.tree_bytes(f"{data}/server")
     needed += needed // 10 + BACKUP_SPARE_BYTES
     free = machine.free_bytes(target)
@@ -97,5 +97,5 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _stamp(machine: Machine) -> str:
+def time_stamp(machine: Machine) -> str:
     return datetime.fromtimestamp(machine.now(), timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")

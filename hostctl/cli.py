@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from hostctl.acceptance import k3d_accept
 from hostctl.argocd import argocd_apply, argocd_resolve
+from hostctl.backups import backup_list, backup_recover, backup_run
+from hostctl.clean import clean
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
 from hostctl.install import install_k3d
 from hostctl.k3d import (
@@ -29,6 +31,7 @@ from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
 from hostctl.spec import NAME_SPEC, checked
+from hostctl.units import units_install, units_remove, units_status
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
 
 
@@ -64,6 +67,18 @@ def _recorded_acceptance(machine: Machine, name: str) -> dict[str, Any]:
     return {"name": name, "acceptance": last.get("asked", {}), "generation": generation}
 
 
+def _recorded_units(machine: Machine, name: str) -> dict[str, Any]:
+    units = read_record(machine, name).get("units")
+    if not units:
+        raise _nothing_recorded(name, "units of cluster")
+    return units["spec"]
+
+
+def _recorded_backup(machine: Machine, name: str) -> dict[str, Any]:
+    spec = _recorded_units(machine, name)
+    return {key: spec[key] for key in ("cluster", "keep", "items")}
+
+
 def _nothing_recorded(name: str, what: str) -> Failure:
     return Failure(
         "bad-spec",
@@ -89,6 +104,40 @@ _CLUSTER_EXAMPLE = {
 }
 _KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
 _REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
+
+
+_ITEM_EXAMPLES = [
+    {
+        "name": "keycloak",
+        "kind": "volume",
+        "namespace": "factory",
+        "claim": "keycloak-data",
+        "scale_down": "deployment/keycloak",
+        "stale_after_hours": 48,
+    },
+    {
+        "name": "skillai",
+        "kind": "postgres",
+        "namespace": "factory",
+        "workload": "statefulset/skillai-db",
+        "container": None,
+        "database": "skillai",
+        "user": "skillai",
+        "stale_after_hours": None,
+    },
+]
+_UNITS_EXAMPLE = {
+    "cluster": "factory",
+    "hostctl": "/var/lib/homelab/hostctl",
+    "init": "auto",
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "start_seconds": 2700,
+    "clean": "weekly",
+    "backup": "daily",
+    "keep": 14,
+    "items": _ITEM_EXAMPLES,
+    "generation": 0,
+}
 
 
 def _by_name(machine: Machine, name: str) -> dict[str, Any]:
@@ -218,6 +267,19 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "name": "cloudflared",
         },
     ),
+    ("units", "install"): Verb(units_install, _UNITS_EXAMPLE, _recorded_units),
+    ("units", "status"): Verb(units_status, _UNITS_EXAMPLE, _recorded_units),
+    ("units", "remove"): Verb(
+        units_remove, {"cluster": "factory"}, lambda machine, name: {"cluster": name}
+    ),
+    ("clean",): Verb(clean, {"name": "factory", "dry_run": True}, _by_name),
+    ("backup", "run"): Verb(
+        backup_run,
+        {"cluster": "factory", "keep": 14, "items": _ITEM_EXAMPLES},
+        _recorded_backup,
+    ),
+    ("backup", "list"): Verb(backup_list, {"name": "factory"}, _by_name),
+    ("backup", "recover"): Verb(backup_recover, {"name": "factory"}, _by_name),
 }
 
 
@@ -275,6 +337,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if words == ("k3d", "delete"):
             one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
+        if words == ("clean",):
+            one.add_argument("--dry-run", action="store_true", help="show what it would remove")
     return parser
 
 
@@ -286,14 +350,15 @@ def _spec(
     machine: Machine, verb: Verb, options: argparse.Namespace, stdin: TextIO
 ) -> dict[str, Any]:
     name = getattr(options, "name", None)
+    flags = {key: getattr(options, key, None) for key in ("confirm", "dry_run")}
+    flags = {key: value for key, value in flags.items() if value}
     step = f"reading the spec of {' '.join(options.words)}"
     if name is not None:
         assert verb.recorded
         spec = verb.recorded(
             machine, checked({"name": name}, NAME_SPEC, "a cluster's name")["name"]
         )
-        confirm = getattr(options, "confirm", None)
-        return {**spec, "confirm": confirm} if confirm else spec
+        return {**spec, **flags}
     try:
         if options.spec:
             text = machine.read(options.spec).decode()
@@ -313,7 +378,7 @@ def _spec(
         raise Failure("bad-spec", step, "it is not JSON", remedy) from None
     if not isinstance(spec, dict):
         raise Failure("bad-spec", step, "it is not a JSON object", "give an object")
-    return spec
+    return {**spec, **flags}
 
 
 def main(

@@ -98,6 +98,7 @@ class Machine:
         env: Mapping[str, str] | None = None,
         timeout: float = QUERY_SECONDS,
         tick: Callable[[float], None] | None = None,
+        from_file: str | None = None,
         to_file: str | None = None,
         limit: int = 32 * 1024 * 1024,
         ends_with_us: bool = False,
@@ -105,17 +106,18 @@ class Machine:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
         What hostctl installed comes before what else is on PATH.
 
-        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
-        session, so that an interrupt here does not cut it off half-way, and inherits the host's
-        locks, so that nobody else starts while a child of a killed hostctl still works.
-        ``ends_with_us`` is for one that only copies: it and its children end when hostctl is told
-        to end, and give the locks back.
+        ``from_file`` is its stdin in place of ``input``; ``to_file`` receives stdout whole. Raises
+        ToolMissing or TookTooLong. The child has its own session, so that an interrupt here does
+        not cut it off half-way, and inherits the host's locks, so that nobody else starts while a
+        child of a killed hostctl still works. ``ends_with_us`` is for one that only copies: it and
+        its children end when hostctl is told to end, and give the locks back.
         """
+        source = open(from_file, "rb") if from_file else None  # noqa: SIM115
         sink = open(to_file, "xb", opener=_private) if to_file else None  # noqa: SIM115
         try:
             child = subprocess.Popen(
                 list(argv),
-                stdin=subprocess.PIPE,
+                stdin=source or subprocess.PIPE,
                 stdout=sink or subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "LC_ALL": "C", "PATH": _path(), **(env or {})},
@@ -125,8 +127,8 @@ class Machine:
         except FileNotFoundError:
             raise ToolMissing(argv[0]) from None
         finally:
-            if sink:
-                sink.close()
+            for file in filter(None, (source, sink)):
+                file.close()
         kept = {"out": bytearray(), "err": bytearray()}
 
         def drain(name: str, stream: Any) -> None:
@@ -138,10 +140,9 @@ class Machine:
             with contextlib.suppress(BrokenPipeError), stream:
                 stream.write(input)
 
-        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-            (feed, (child.stdin,)),
-            (drain, ("err", child.stderr)),
-        ]
+        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(drain, ("err", child.stderr))]
+        if child.stdin:
+            work.append((feed, (child.stdin,)))
         if child.stdout:
             work.append((drain, ("out", child.stdout)))
         workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]
@@ -196,7 +197,13 @@ class Machine:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
             raise
-        _sync_directory(directory)
+        _sync(directory)
+
+    def publish(self, written: str, path: str) -> None:
+        """Gives a file that was written aside its name, when all of it is on the disk."""
+        _sync(written)
+        os.replace(written, path)
+        _sync(os.path.dirname(path))
 
     def remove(self, path: str) -> bool:
         """Removes a file; False when there is none. Raises OSError."""
@@ -204,7 +211,7 @@ class Machine:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        _sync_directory(os.path.dirname(path))
+        _sync(os.path.dirname(path))
         return True
 
     def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
@@ -311,6 +318,35 @@ class Machine:
                 with contextlib.suppress(FileNotFoundError):
                     total += os.lstat(os.path.join(directory, name)).st_size
         return total
+
+    def file_bytes(self, path: str) -> int:
+        """The size of a file; 0 for one that is not there yet."""
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            return 0
+
+    def newest(self, path: str) -> float | None:
+        """When the file below a directory that was written last was written; None without files.
+        Raises OSError for what cannot be read."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        found = []
+        for directory, _, names in os.walk(path, onerror=fail):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(os.lstat(os.path.join(directory, name)).st_mtime)
+        return max(found, default=None)
+
+    def names(self, path: str) -> list[str]:
+        """What a directory holds, sorted; nothing for one that is not there. Raises OSError."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
 
     def checksum(self, path: str) -> str:
         """The sha256 of a file of any size."""
@@ -467,8 +503,9 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _sync_directory(path: str) -> None:
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: str) -> None:
+    """Waits until a file's content, or a directory's names, are on the disk."""
+    held = os.open(path, os.O_RDONLY)
     try:
         os.fsync(held)
     finally:

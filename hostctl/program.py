@@ -28,6 +28,9 @@ MODULES = (
     "install",
     "workloads",
     "argocd",
+    "clean",
+    "backups",
+    "units",
     "cli",
 )
 # Before anything that an older Python does not know; what is above it, it does.
