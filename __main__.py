@@ -20,6 +20,7 @@ from components.namespaces import Namespaces, NamespacesArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
+from components.units import LiveUnits, Units, UnitsArgs
 
 debug.keep_outputs_out_of_messages()
 stack = settings.load()
@@ -28,11 +29,13 @@ name = stack.cluster.name
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
 live = LiveCluster.read(stack.cluster, connection, installs_k3d=stack.host.k3d.install)
+units = LiveUnits.read(stack, connection)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.state == "running":
     refuse_two_owners(stack.tunnels, name, connection)
 live.announce(stack.cluster, connection.name)
+units.announce(connection.name)
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
 for warning in stack.warnings:
@@ -51,6 +54,7 @@ cluster = Cluster(
     incarnation=live.incarnation,
     anew=live.anew,
 )
+Units(name, UnitsArgs(stack, units, host, after=[k3d]))
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 argocd = None

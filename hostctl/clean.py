@@ -113,16 +113,16 @@ def _clean_images(machine: Machine, found: Result) -> None:
     before = _dangling_images(machine, step)
     used = _images_of_containers(machine, step) if before else set()
     unused = {key: size for key, size in before.items() if key not in used}
-    _tell(found, "dangling images", _by_name(unused))
+    _tell(found, "dangling images", _sized(unused))
     if unused and not found["dry_run"]:
         argv = ["docker", "image", "prune", "--force"]
         run_tool(machine, argv, step, "failed", timeout=CLEAN_SECONDS)
         left = _dangling_images(machine, step)
         unused = {key: size for key, size in before.items() if key not in left}
-    found["images"] = _by_name(unused)
+    found["images"] = _sized(unused)
 
 
-def _by_name(sizes: Mapping[str, int | None]) -> list[dict[str, Any]]:
+def _sized(sizes: Mapping[str, int | None]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size} for name, size in sorted(sizes.items())]
 
 

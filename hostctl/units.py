@@ -33,7 +33,8 @@ _SCHEDULE = text_matching(
 )
 # Neither quotes nor specifiers, so that it means the same in a unit, in Nix and in a shell.
 _UNIT_PATH = text_matching(
-    r"(/[A-Za-z0-9_@+=,-][A-Za-z0-9_@+=,.-]*)+", "an absolute path of letters, digits and _@+=,.-"
+    r"(/(?!\.{1,2}(/|$))[A-Za-z0-9_@+=,.-]+)+",
+    "an absolute path of letters, digits and _@+=,.- without '..'",
 )
 UNITS_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),

@@ -101,6 +101,8 @@ class Kubectl:
                     return Ran(0, b"", b"")
                 raise
         items = [obj for word in what.split(",") for obj in self._objects(namespace or "", word)]
+        if "--selector" in flags:
+            items = [obj for obj in items if _selected(obj, flags["--selector"])]
         return Ran(0, json.dumps({"kind": "List", "items": items}).encode(), b"")
 
     def _create(self, obj: Object) -> Ran:
@@ -144,7 +146,15 @@ class Kubectl:
 
     def _scale(self, what: str, namespace: str, replicas: int) -> Ran:
         obj = self._one(what, namespace)
+        if not replicas:
+            # What a workload would own exists where a test put it.
+            labels = obj["spec"].get("selector", {}).get("matchLabels", {})
+            for pod in list(self._objects(namespace, "pods")):
+                if labels and labels.items() <= pod["metadata"].get("labels", {}).items():
+                    name = pod["metadata"]["name"]
+                    self.api.world.delete(f"{self.cluster}/{namespace}/Pod/{name}")
         obj["spec"]["replicas"] = replicas
+        obj["metadata"]["generation"] = obj["metadata"].get("generation", 1) + 1
         obj["status"] = {"observedGeneration": obj["metadata"].get("generation", 1)}
         if replicas:
             obj["status"] |= {"replicas": replicas, "readyReplicas": replicas}
@@ -201,7 +211,13 @@ class Kubectl:
             self.api.apply(obj, _APPLY["--field-manager"], force=True)
 
 
-_GET = {"--namespace", "--output", "--ignore-not-found", "--show-managed-fields"}
+_GET = {
+    "--namespace",
+    "--output",
+    "--ignore-not-found",
+    "--show-managed-fields",
+    "--selector",
+}
 _DELETE = {"--namespace", "--selector", "--wait"}
 _CREATE = {"--field-manager": "homelab", "--filename": "-", "--output": "name"}
 _APPLY = {
@@ -210,6 +226,14 @@ _APPLY = {
     "--field-manager": "homelab",
     "--output": "name",
 }
+
+
+def _selected(obj: Object, selector: str) -> bool:
+    labels = obj["metadata"].get("labels", {})
+    return all(
+        labels.get(key) == value
+        for key, _, value in (term.partition("=") for term in selector.split(","))
+    )
 
 
 def _kustomization(repository: str, path: str, commit: str) -> list[Object]:

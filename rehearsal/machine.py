@@ -12,9 +12,14 @@ World, below `<rehearsal>/world/machine/`:
                             the CA; remove the file, and someone has deleted the cluster. `opening`,
                             when added, is {"seconds", "bytes_per_second", "stalls"}: how long a
                             start of the server takes, what it reads meanwhile, how many starts
-                            read nothing
+                            read nothing. `images`, when added, are those in its nodes, as `crictl
+                            images` shows them, each with `used`
   containers/<name>.json    any other container, in the form of `docker inspect`
-  volumes.json              names of volumes
+  volumes.json              names of volumes; one that is in orphans.json too has lost its container
+  orphans.json              {"<volume>": what `docker volume inspect` shows beside its name}
+  dangling.json             {"<image id>": bytes}, images without a tag; build-cache: its size
+  databases.json            {"<namespace>/<workload>": {"<database>": {"content", "rows"}}}
+  init.json, systemd.json, middleware.json  see rehearsal/init.py
   git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
                             "<commit>"}}}; a repository that is not listed has every branch, at a
                             made-up commit
@@ -55,6 +60,8 @@ from urllib.parse import quote, urlsplit
 
 from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMissing
 from rehearsal.core import World
+from rehearsal.init import Usage as _Usage
+from rehearsal.init import is_mark, midclt, systemctl
 
 Object = dict[str, Any]
 
@@ -90,10 +97,6 @@ _KERNEL_FILES = {
     "/proc/sys/net/ipv4/ip_forward": "1\n",
     "/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory hugetlb pids rdma misc\n",
 }
-
-
-class _Usage(Exception):
-    """A call that the model does not know."""
 
 
 def _options(
@@ -164,6 +167,7 @@ class RehearsalMachine(Machine):
         env: Mapping[str, str] | None = None,
         timeout: float = 30.0,
         tick: Callable[[float], None] | None = None,
+        from_file: str | None = None,
         to_file: str | None = None,
         limit: int = 0,
         ends_with_us: bool = False,
@@ -178,11 +182,15 @@ class RehearsalMachine(Machine):
             "git": self._git,
             "tar": self._tar,
             "rm": self._rm,
+            "systemctl": lambda words, *_: systemctl(self, words),
+            "midclt": lambda words, *_: midclt(self, words),
         }
         if argv[0] not in models:
             raise ToolMissing(argv[0])
         if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
             return _done(_VERSIONS[tuple(argv)])
+        if from_file:
+            input = self.read(from_file)
         try:
             ran = models[argv[0]](list(argv[1:]), input, env or {})
         except _Usage as unknown:
@@ -259,7 +267,7 @@ class RehearsalMachine(Machine):
     def stat(self, path: str) -> Stat | None:
         file = self._file(path)
         if not file.exists():
-            return None
+            return Stat("directory", 0o755, "root", "root", 0) if is_mark(self, path) else None
         access = self._access(path)
         seen = json.loads(access.read_text()) if access.exists() else {}
         kind = "directory" if file.is_dir() else "file"
@@ -278,6 +286,31 @@ class RehearsalMachine(Machine):
 
     def tree_bytes(self, path: str) -> int:
         return sum(len(content) for _, content in self._tree(path))
+
+    def file_bytes(self, path: str) -> int:
+        return self._file(path).stat().st_size if self._file(path).exists() else 0
+
+    def newest(self, path: str) -> float | None:
+        files = (file for file in self._file(path).rglob("*") if file.is_file())
+        return max((self._written(file) for file in files), default=None)
+
+    def _written(self, file: Path) -> float:
+        seen = self.stat("/" + str(file.relative_to(self.root / "files")))
+        assert seen is not None
+        return seen.modified
+
+    def names(self, path: str) -> list[str]:
+        top = self._file(path)
+        return sorted(file.name for file in top.iterdir()) if top.is_dir() else []
+
+    def publish(self, written: str, path: str) -> None:
+        self._file(written).replace(self._file(path))
+        if self._access(written).exists():
+            self._access(written).replace(self._access(path))
+
+    def remove(self, path: str) -> None:
+        self._file(path).unlink(missing_ok=True)
+        self._access(path).unlink(missing_ok=True)
 
     def checksum(self, path: str) -> str:
         content = self.read(path)
@@ -424,7 +457,7 @@ class RehearsalMachine(Machine):
     def _docker(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         if self._docker_is_down():
             return _failed(_DOCKER_DOWN)
-        if words[0] in ("network", "volume", "image") and len(words) > 1:
+        if words[0] in ("network", "volume", "image", "system", "builder") and len(words) > 1:
             verb, rest = f"{words[0]}_{words[1]}", words[2:]
         else:
             verb, rest = words[0], words[1:]
@@ -433,7 +466,7 @@ class RehearsalMachine(Machine):
         model = getattr(self, f"_docker_{verb}", None)
         if model is None:
             raise _Usage("unknown command")
-        return model(rest)
+        return model(rest, input) if verb == "exec" else model(rest)
 
     def _docker_ps(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--all", "--no-trunc"], ["--format"])
@@ -511,14 +544,72 @@ class RehearsalMachine(Machine):
 
     def _docker_volume_ls(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--quiet"], ["--filter"])
-        pattern = options["--filter"].removeprefix("name=")
-        if operands or pattern == options["--filter"]:
-            raise _Usage("docker volume ls without --filter name=")
-        names = [name for name in self.setting("volumes.json", []) if re.search(pattern, name)]
+        key, _, pattern = options["--filter"].partition("=")
+        if operands or key not in ("name", "dangling"):
+            raise _Usage("docker volume ls without --filter name= or dangling=")
+        names = self.setting("volumes.json", [])
+        if key == "dangling":
+            orphans = self.setting("orphans.json", {})
+            names = [name for name in names if name in orphans]
+        else:
+            names = [name for name in names if re.search(pattern, name)]
         return _done("".join(f"{name}\n" for name in names))
 
+    def _docker_volume_inspect(self, words: list[str]) -> Ran:
+        facts = {"Driver": "local", "Labels": None, "Options": None}
+        orphans = self.setting("orphans.json", {})
+        return _done(
+            json.dumps(
+                [
+                    {
+                        "Name": name,
+                        "Mountpoint": f"/var/lib/docker/volumes/{name}/_data",
+                        **facts,
+                        **orphans.get(name, {}),
+                    }
+                    for name in words
+                ]
+            )
+        )
+
+    def _docker_volume_rm(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        if name not in self.setting("orphans.json", {}):
+            return _failed(f"Error response from daemon: remove {name}: volume is in use - [0a1b]")
+        self.set("volumes.json", [one for one in self.setting("volumes.json", []) if one != name])
+        return _done(f"{name}\n")
+
+    def _docker_image_ls(self, words: list[str]) -> Ran:
+        if words != ["--quiet", "--no-trunc", "--filter", "dangling=true"]:
+            raise _Usage("docker image ls of other than dangling images")
+        return _done("".join(f"{image}\n" for image in self.setting("dangling.json", {})))
+
+    def _docker_image_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker image prune with more than --force")
+        used = {facts.get("Image") for facts in self._all_containers()}
+        images = self.setting("dangling.json", {})
+        self.set("dangling.json", {key: size for key, size in images.items() if key in used})
+        return _done("Total reclaimed space: 1kB\n")
+
+    def _docker_system_df(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{.Type}}={{.Reclaimable}}"]:
+            raise _Usage("docker system df with another format")
+        return _done(f"Images=1GB (50%)\nBuild Cache={self.setting('build-cache', '0B')}\n")
+
+    def _docker_builder_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker builder prune with more than --force")
+        size = self.setting("build-cache", "0B")
+        self.set("build-cache", "0B")
+        return _done(f"ID\tRECLAIMABLE\nTotal:\t{size}\n")
+
     def _docker_image_inspect(self, words: list[str]) -> Ran:
-        options, (wanted,) = _options(words, (), ["--format"])
+        options, wanteds = _options(words, (), ["--format"])
+        if options.get("--format") == "{{.Id}} {{.Size}}":
+            sizes = self.setting("dangling.json", {})
+            return _done("".join(f"{one} {sizes[one]}\n" for one in wanteds))
+        (wanted,) = wanteds
         if options.get("--format") != "{{json .RepoDigests}}":
             raise _Usage("docker image inspect with another format")
         for _, image in self.docker_world.list("image"):
@@ -565,12 +656,58 @@ class RehearsalMachine(Machine):
         if argv == ["ls", "/opt/cni/bin"]:
             plugins = node.get("plugins", [])
             return _done("\n".join(plugins)) if plugins else _failed(f"ls: {argv[1]}: No such file")
+        if argv[0] == "crictl":
+            return self._crictl(argv[1:], cluster)
         if argv[0] != "kubectl":
             raise _Usage(f"docker exec of {argv[0]}")
         if not self._is_open(cluster):
             return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
+        given = input if interactive else b""
+        if argv[1] == "exec":
+            return self._in_pod(argv[2:], given)
         # Without --interactive, docker exec gives the program no stdin.
-        return self._kubectl(argv[1:], input if interactive else b"", cluster)
+        return self._kubectl(argv[1:], given, cluster)
+
+    def _crictl(self, words: list[str], cluster: Object) -> Ran:
+        images = cluster.get("images", [])
+        match words:
+            case ["images", "--output=json"]:
+                shown = [{k: v for k, v in one.items() if k != "used"} for one in images]
+                return _done(json.dumps({"images": shown}))
+            case ["ps", "--all", "--output=json"]:
+                used = [{"imageRef": one["id"], "image": {}} for one in images if one["used"]]
+                return _done(json.dumps({"containers": used}))
+            case ["rmi", "--prune"]:
+                cluster["images"] = [one for one in images if one["used"]]
+                self.world.put(f"clusters/{cluster['name']}", cluster)
+                return _done()
+        raise _Usage(f"crictl {words}")
+
+    def _in_pod(self, words: list[str], input: bytes) -> Ran:
+        """PostgreSQL's tools in a pod. A dump is its content between two marks."""
+        there, _, argv = (words[: words.index("--")], 0, words[words.index("--") + 1 :])
+        options, (workload,) = _options(there, ["--stdin"], ["--namespace", "--container"])
+        pod = self.setting("databases.json", {}).get(f"{options['--namespace']}/{workload}")
+        if pod is None:
+            kind, _, name = workload.partition("/")
+            return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
+        values = ["--username", "--dbname", "--command", "--format", "--file"]
+        flags = ["--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
+        given, _ = _options(argv[1:], flags, values)
+        if argv[0] == "pg_restore":
+            whole = input.startswith(b"PGDMP ") and input.endswith(b" END")
+            return (
+                _done() if whole else _failed("pg_restore: error: could not read from input file")
+            )
+        database = pod.get(given["--dbname"])
+        if database is None:
+            return _failed(f'FATAL:  database "{given["--dbname"]}" does not exist')
+        if argv[0] == "psql":
+            return _done(f"{len(database['content'])}|{database['rows']}\n")
+        if argv[0] == "pg_dump" and given["--format"] == "custom":
+            end = "" if database.get("cut_off") else " END"
+            return _done(f"PGDMP {database['content']}{end}")
+        raise _Usage(f"kubectl exec of {argv[0]}")
 
     def _docker_top(self, words: list[str]) -> Ran:
         container, *options = words

@@ -41,6 +41,7 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
+from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
 
 __all__ = [
     "Acceptance",
@@ -49,6 +50,8 @@ __all__ = [
     "Api",
     "ArgoCD",
     "AuthKey",
+    "Backups",
+    "Cleaning",
     "Cloudflare",
     "Cluster",
     "ClusterConnector",
@@ -62,6 +65,7 @@ __all__ = [
     "Network",
     "Operator",
     "Origin",
+    "PostgresBackup",
     "Problem",
     "PublishedPort",
     "Route",
@@ -72,6 +76,7 @@ __all__ = [
     "SettingsError",
     "Tailscale",
     "Tunnel",
+    "VolumeBackup",
     "auth_key_problem",
     "load",
     "missing_keys",

@@ -192,6 +192,12 @@ class Host(Model):
     k3d: K3d = Field(
         default=K3d(), description="Whether and which k3d the stack installs on the host."
     )
+    init: Literal["auto", "systemd", "nixos", "truenas", "none"] = Field(
+        default="auto",
+        description="What starts the cluster at boot, cleans and backs up: units of `systemd`, a"
+        " module to import on `nixos`, init script and cron jobs of `truenas`, or `none`. `auto`"
+        " looks what the host has.",
+    )
     secret_files: Literal["host", "here"] = Field(
         default="host",
         description="Which machine reads the files of Secrets: the `host` (agenix, sops-nix), or"
