@@ -223,7 +223,7 @@ class RehearsalMachine(Machine):
     ) -> None:
         target = self._file(path)
         # The host's own directories are there; hostctl makes what is below them.
-        if path.count("/") == 2:
+        if path.count("/") == 2 or target.parent == self._file("/etc/systemd/system"):
             target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.write_bytes(content)
