@@ -4,13 +4,14 @@ not is an error that names it.
 
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostctl.machine import Ran
+from hostctl.machine import Machine, Ran
 from tests.unit.test_hostctl import NODE, SPEC, Host, Killed
 
 DATA = "pvc-1_factory_keycloak-data"
@@ -416,3 +417,43 @@ def test_how_a_run_ended_is_in_the_clusters_record(live: Host) -> None:
     run(live, DATABASE)
     record = json.loads(live.machine.read("/var/lib/homelab/clusters/factory.json"))
     assert record["runs"]["backup"]["ok"]
+
+
+# The real machine
+
+
+def test_a_program_reads_a_file_and_an_archive_is_verified_by_the_real_tar(tmp_path: Path) -> None:
+    machine = Machine()
+    source, part = tmp_path / "source", str(tmp_path / "x.tar.part")
+    source.mkdir()
+    (source / "h2.db").write_text("H2")
+    pack = ["tar", "--create", "--xattrs", "--acls", "--numeric-owner", "--file", part]
+    compare = ["tar", "--compare", "--xattrs", "--acls", "--file", part, "--directory", str(source)]
+    assert machine.run([*pack, "--directory", str(source), "."]).code == 0
+    assert machine.run(compare).code == 0
+    listed = machine.run(["tar", "--list"], from_file=part)
+    assert (listed.code, listed.text.split()) == (0, ["./", "./h2.db"])
+    (source / "h2.db").write_text("H3")
+    assert machine.run(compare).code == 1
+    machine.publish(part, str(tmp_path / "x.tar"))
+    assert machine.names(str(tmp_path)) == ["source", "x.tar"]
+    assert machine.file_bytes(str(tmp_path / "x.tar")) == (tmp_path / "x.tar").stat().st_size
+    for _ in range(2):
+        machine.remove(str(tmp_path / "x.tar"))
+    assert machine.names(str(tmp_path)) == ["source"]
+
+
+def test_what_is_not_there_holds_nothing_and_was_never_written(tmp_path: Path) -> None:
+    machine, nowhere = Machine(), str(tmp_path / "nowhere")
+    assert machine.names(nowhere) == []
+    assert machine.newest(nowhere) is None
+    assert machine.newest(str(tmp_path)) is None
+    assert machine.file_bytes(nowhere) == 0
+
+
+def test_the_newest_file_counts_wherever_it_is_and_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name, written in (("old", 1000.0), ("a/b/new", 2000.0)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (written, written))
+    assert Machine().newest(str(tmp_path)) == 2000.0
