@@ -67,6 +67,8 @@ def systemctl(machine: Any, words: list[str]) -> Ran:
             for name in names:
                 if name not in units:
                     return _failed(f"Failed to restart {name}: Unit {name} not found.", 5)
+                if units[name].get("Result") == "start-limit-hit":
+                    return _failed(f"{name}: Start request repeated too quickly.")
                 machine.set("systemd.json", units)
                 units[name] |= _started(machine, name, units[name]["text"])
                 machine.set("systemd.json", units)

@@ -110,6 +110,7 @@ def test_a_dangling_image_of_a_stopped_container_stays(full: Host) -> None:
     full("k3d stop factory")
     (facts,) = full.machine._all_containers()
     full.machine.set("dangling.json", {facts["Image"]: 5, "sha256:9": 1})
+    assert names(full("clean factory --dry-run")["images"]) == ["sha256:9"]
     assert names(full("clean factory")["images"]) == ["sha256:9"]
 
 

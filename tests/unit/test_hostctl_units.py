@@ -204,6 +204,24 @@ def test_a_schedule_that_is_turned_off_takes_its_units_along(live: Host) -> None
     )
 
 
+def test_a_unit_that_is_declared_no_more_and_came_back_is_removed_again(live: Host) -> None:
+    up(live, clean=None)
+    before = status(live, clean=None)["generation"]
+    timer = f"{SYSTEMD}/homelab-factory-clean.timer"
+    live.machine.write_atomic(timer, b"[Timer]\nOnCalendar=daily\n", 0o644)
+    live.machine.run(["systemctl", "daemon-reload"])
+    assert status(live, clean=None)["generation"] == before + 1
+    up(live, clean=None)
+    assert not live.machine.exists(timer)
+
+
+def test_an_install_starts_a_unit_that_was_tried_too_often(live: Host) -> None:
+    up(live)
+    told(live, BOOT, ActiveState="failed", Result="start-limit-hit")
+    live("units install factory")
+    assert status(live)["failed"] == []
+
+
 def test_without_items_there_is_no_backup_to_run(live: Host) -> None:
     assert up(live, items=[])["units"] == [name for name in ALL if "backup" not in name]
 
