@@ -308,10 +308,6 @@ class RehearsalMachine(Machine):
         if self._access(written).exists():
             self._access(written).replace(self._access(path))
 
-    def remove(self, path: str) -> None:
-        self._file(path).unlink(missing_ok=True)
-        self._access(path).unlink(missing_ok=True)
-
     def checksum(self, path: str) -> str:
         content = self.read(path)
         downloaded = content.partition(_DOWNLOADED)[2]
