@@ -116,6 +116,7 @@ class RealDaemon:
                 internal=outputs["internal"],
                 labels=_labels(outputs["labels"]),
                 enable_ipv6=outputs["ipv6"],
+                check_duplicate=True,
                 attachable=outputs["attachable"],
                 ingress=outputs["ingress"],
             )
