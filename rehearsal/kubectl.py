@@ -187,7 +187,7 @@ class Kubectl:
             self.api.resource("argoproj.io/v1alpha1", "Application")
         except ApiError as error:
             missing = error
-        for obj in _kustomization(repository, path, commit):
+        for obj in kustomization(repository, path, commit):
             if missing and obj["kind"] == "Application":
                 continue
             self.api.apply(obj, _APPLY["--field-manager"], force=True)
@@ -236,7 +236,7 @@ def _selected(obj: Object, selector: str) -> bool:
     )
 
 
-def _kustomization(repository: str, path: str, commit: str) -> list[Object]:
+def kustomization(repository: str, path: str, commit: str) -> list[Object]:
     names = {
         "kind": "Application",
         "listKind": "ApplicationList",
