@@ -242,7 +242,14 @@ class Rehearsal:
         """The process of a command, begun and not waited for, leader of its own process group."""
         event_log = ["--event-log", str(log)] if log else []
         return subprocess.Popen(
-            [*self.within, "pulumi", "--cwd", str(self.directory / "project"), *arguments, *event_log]
+            [
+                *self.within,
+                "pulumi",
+                "--cwd",
+                str(self.directory / "project"),
+                *arguments,
+                *event_log,
+            ]
             + ["--stack", self.stack, "--non-interactive"],
             cwd=self.directory / "project",
             env=self.process_environment(),

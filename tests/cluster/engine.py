@@ -177,11 +177,14 @@ class Engine:
         """Starts a program on the host. Killing what this returns is a kill -9 of that program, and
         of no other that it started."""
         environment = {**self.environment, **options.pop("env", {})}
-        enter = ["nsenter", f"--target={self.init}", "--mount", "--net", "--pid"]
-        where = options.pop("cwd", None)
-        enter += [f"--wd={where}"] if where else []
-        command = [*enter, "--", "setpriv", "--pdeathsig", "KILL", *argv]
+        command = [*self.enter(options.pop("cwd", None)), *argv]
         return subprocess.Popen[bytes](command, env=environment, **options)
+
+    def enter(self, where: str | Path | None = None) -> list[str]:
+        """The words before a command that run it on the host, in a directory."""
+        enter = ["nsenter", f"--target={self.init}", "--mount", "--net", "--pid"]
+        enter += [f"--wd={where}"] if where else []
+        return [*enter, "--", "setpriv", "--pdeathsig", "KILL"]
 
     def run(
         self,
