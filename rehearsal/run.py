@@ -241,17 +241,11 @@ class Rehearsal:
     def start(self, *arguments: str, log: Path | None = None) -> subprocess.Popen[str]:
         """The process of a command, begun and not waited for, leader of its own process group."""
         event_log = ["--event-log", str(log)] if log else []
+        project = self.directory / "project"
+        on_stack = ["--cwd", str(project), "--stack", self.stack, "--non-interactive"]
         return subprocess.Popen(
-            [
-                *self.within,
-                "pulumi",
-                "--cwd",
-                str(self.directory / "project"),
-                *arguments,
-                *event_log,
-            ]
-            + ["--stack", self.stack, "--non-interactive"],
-            cwd=self.directory / "project",
+            [*self.within, "pulumi", *arguments, *event_log, *on_stack],
+            cwd=project,
             env=self.process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
