@@ -46,6 +46,7 @@ class RealP510(Rehearsal):
         config, _ = with_made_up_secrets(stack_file["config"])
         self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
         self.settings["cluster"]["resolvers"] = [_RESOLVER]
+        self.settings["host"]["init"] = "none"  # the host has neither systemd nor NixOS
         self.commit, self.settings["argocd"]["repository"] = _repository(directory / "repository")
         programs = directory / "bin"
         programs.mkdir()
