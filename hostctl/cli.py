@@ -27,6 +27,7 @@ from hostctl.machine import Machine
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import read_record
 from hostctl.spec import NAME_SPEC, checked
+from hostctl.swap import k3d_retry
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
 
 
@@ -71,6 +72,8 @@ _CLUSTER_EXAMPLE = {
     "api": {"bind": "127.0.0.1", "port": 6443},
     "resolvers": ["1.1.1.1", "9.9.9.9"],
     "storage_dir": "/mnt/img_pool/k3d/storage",
+    "datastore_dir": "/mnt/img_pool/k3d/storage-server",
+    "secrets_encryption": False,
     "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
     "k3s_args": [],
     "ports": [],
@@ -94,6 +97,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "start"): Verb(k3d_start, {"name": "factory"}, _by_name),
     ("k3d", "stop"): Verb(k3d_stop, {"name": "factory"}, _by_name),
     ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
+    ("k3d", "retry"): Verb(k3d_retry, {"name": "factory"}, _by_name),
     ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster),
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
     ("k3d", "kubeconfig"): Verb(

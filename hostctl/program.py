@@ -20,6 +20,7 @@ MODULES = (
     "live",
     "waiting",
     "backup",
+    "swap",
     "files",
     "k3d",
     "workloads",
