@@ -19,6 +19,7 @@ from components.host import Connection, Host
 from components.namespaces import Namespaces, NamespacesArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
+from components.storage import LocalStorage, LocalStorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
 debug.keep_outputs_out_of_messages()
@@ -51,6 +52,7 @@ cluster = Cluster(
     incarnation=live.incarnation,
     anew=live.anew,
 )
+LocalStorage(name, LocalStorageArgs(stack.cluster.storage_class, cluster))
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 argocd = None

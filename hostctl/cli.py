@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from hostctl.argocd import argocd_apply, argocd_resolve
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
+from hostctl.images import images_digest, images_import
 from hostctl.k3d import (
     k3d_delete,
     k3d_doctor,
@@ -79,6 +80,7 @@ _CLUSTER_EXAMPLE = {
     "ports": [],
     "api_wait_seconds": 1800,
 }
+_ARCHIVE_EXAMPLE = "/var/lib/homelab/images/airgap.tar"
 _KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
 _REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
 
@@ -102,6 +104,16 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
     ("k3d", "kubeconfig"): Verb(
         k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
+    ),
+    ("images", "digest"): Verb(images_digest, {"files": [_ARCHIVE_EXAMPLE]}),
+    ("images", "import"): Verb(
+        images_import,
+        {
+            "cluster": "factory",
+            "files": [{"path": _ARCHIVE_EXAMPLE, "sha256": "(64 hex digits)"}],
+            "incarnation": "0a1b2c3d-1",
+            "image": "rancher/k3s:v1.31.5-k3s1",
+        },
     ),
     ("kubeconfig",): Verb(
         kubeconfig,

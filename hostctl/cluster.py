@@ -259,11 +259,14 @@ def _begun(machine: Machine, name: str) -> bool:
 
 
 def _without_swapped(nodes: list[Node], swap: Mapping[str, Any]) -> list[Node]:
-    """The nodes without the one whose place another has taken: it is kept, renamed, until that one
-    is verified."""
-    if not any(node.name == swap.get("node") for node in nodes):
-        return nodes
-    return [node for node in nodes if node.name == swap["node"] or node.facts["Id"] != swap["old"]]
+    """The nodes of a cluster without the other one of a swap: the old node, which is kept, renamed,
+    until the new one is verified; or the new one, as long as it was never started."""
+    new = [
+        node for node in nodes if node.name == swap.get("node") and node.facts["Id"] != swap["old"]
+    ]
+    if new and swap["started"]:
+        return [node for node in nodes if node.facts["Id"] != swap["old"]]
+    return [node for node in nodes if node not in new]
 
 
 def _refuse_partial(cluster: Cluster, network: str, swapped: str | None) -> None:

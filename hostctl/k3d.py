@@ -325,6 +325,8 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
         if credentials:
             identity = identity_of(spec["name"], credentials)
         else:
+            # One that a swap has just started has the datastore, and with it the CA, of the old.
+            identity = (record.get("swap") or {}).get("identity")
             unseen.append("identity: the node has written no kubeconfig yet")
         namespaces = _namespaces(machine, cluster, unseen)
     fixed = [difference for difference in found if difference["fixed"]]

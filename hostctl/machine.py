@@ -87,22 +87,25 @@ class Machine:
         timeout: float = QUERY_SECONDS,
         tick: Callable[[float], None] | None = None,
         to_file: str | None = None,
+        from_file: str | None = None,
         limit: int = 32 * 1024 * 1024,
         ends_with_us: bool = False,
     ) -> Ran:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
 
-        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
-        session, so that an interrupt here does not cut it off half-way, and inherits the host's
-        locks, so that nobody else starts while a child of a killed hostctl still works.
+        ``to_file`` receives stdout whole, ``from_file`` is stdin. Raises ToolMissing or
+        TookTooLong. The child has its own session, so that an interrupt here does not cut it off
+        half-way, and inherits the host's locks, so that nobody else starts while a child of a
+        killed hostctl still works.
         ``ends_with_us`` is for one that only copies: it and its children end when hostctl is told
         to end, and give the locks back.
         """
+        source = open(from_file, "rb") if from_file else None  # noqa: SIM115
         sink = open(to_file, "xb", opener=_private) if to_file else None  # noqa: SIM115
         try:
             child = subprocess.Popen(
                 list(argv),
-                stdin=subprocess.PIPE,
+                stdin=source or subprocess.PIPE,
                 stdout=sink or subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "LC_ALL": "C", **(env or {})},
@@ -112,8 +115,9 @@ class Machine:
         except FileNotFoundError:
             raise ToolMissing(argv[0]) from None
         finally:
-            if sink:
-                sink.close()
+            for opened in (source, sink):
+                if opened:
+                    opened.close()
         kept = {"out": bytearray(), "err": bytearray()}
 
         def drain(name: str, stream: Any) -> None:
@@ -126,9 +130,10 @@ class Machine:
                 stream.write(input)
 
         work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-            (feed, (child.stdin,)),
             (drain, ("err", child.stderr)),
         ]
+        if child.stdin:
+            work.append((feed, (child.stdin,)))
         if child.stdout:
             work.append((drain, ("out", child.stdout)))
         workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]

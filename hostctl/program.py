@@ -22,6 +22,7 @@ MODULES = (
     "backup",
     "swap",
     "files",
+    "images",
     "k3d",
     "workloads",
     "argocd",

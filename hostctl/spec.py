@@ -288,7 +288,7 @@ _IMAGE = text_matching(
 _SERVER = text_matching(
     r"https://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "https://HOST:PORT that clients reach"
 )
-_INCARNATION = text_matching(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
+INCARNATION = text_matching(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
 KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
@@ -346,7 +346,7 @@ CLUSTER_SPEC: dict[str, Any] = {
     ),
     "api_wait_seconds": Value(number_between(1, 86400), 1800),
     "generation": Value(or_null(number_between(0, 2**31)), None),
-    "incarnation": Value(or_null(_INCARNATION), None),
+    "incarnation": Value(or_null(INCARNATION), None),
     "recreate": Value(or_null(CLUSTER_NAME), None),
     "confirm": Value(or_null(CLUSTER_NAME), None),
 }

@@ -160,6 +160,7 @@ class RehearsalMachine(Machine):
         timeout: float = 30.0,
         tick: Callable[[float], None] | None = None,
         to_file: str | None = None,
+        from_file: str | None = None,
         limit: int = 0,
         ends_with_us: bool = False,
     ) -> Ran:
@@ -179,7 +180,8 @@ class RehearsalMachine(Machine):
         if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
             return _done(_VERSIONS[tuple(argv)])
         try:
-            ran = models[argv[0]](list(argv[1:]), input, env or {})
+            given = self._file(from_file).read_bytes() if from_file else input
+            ran = models[argv[0]](list(argv[1:]), given, env or {})
         except _Usage as unknown:
             return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
         if to_file:
@@ -546,7 +548,8 @@ class RehearsalMachine(Machine):
         return _done(_archive(files[path]))
 
     def _docker_exec(self, words: list[str]) -> Ran:
-        container, *argv = words
+        interactive = words[0] == "--interactive"
+        container, *argv = words[interactive:]
         found = self._node(container)
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
@@ -555,6 +558,10 @@ class RehearsalMachine(Machine):
             return _failed(f"Error response from daemon: container {container} is not running")
         if argv == ["k3s", "--version"]:
             return _done(f"k3s version {k3s_version(node['image']) or 'v1.31.5+k3s1'} (00000000)\n")
+        if argv == ["ctr", "--namespace", "k8s.io", "images", "import", "-"] and interactive:
+            node["images"] = [*node.get("images", []), hashlib.sha256(self._stdin).hexdigest()]
+            self._save(cluster)
+            return _done()
         if argv[0] != "kubectl":
             raise _Usage(f"docker exec of {argv[0]}")
         if not self._is_open(cluster):
@@ -627,7 +634,8 @@ class RehearsalMachine(Machine):
             )
         self._freeze(cluster)
         cluster["nodes"].remove(node)
-        shutil.rmtree(self._file(self._volume(node)), ignore_errors=True)
+        volume = self._file(os.path.dirname(self._volume(node)))
+        shutil.rmtree(volume, ignore_errors=True)
         self._save(cluster)
         return _done(f"{node['name']}\n")
 
@@ -865,8 +873,8 @@ class RehearsalMachine(Machine):
 
     def _save(self, cluster: Object) -> None:
         standing = [node for node in cluster["nodes"] if _NODE_NAME.search(node["name"])]
-        up = all(node["status"] == "running" for node in standing)
-        cluster["state"] = "running" if up and standing else "stopped"
+        up = any(node["status"] == "running" for node in standing)
+        cluster["state"] = "running" if up else "stopped"
         self.world.put(f"clusters/{cluster['name']}", cluster)
 
     def _is_open(self, cluster: Object) -> bool:

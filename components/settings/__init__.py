@@ -8,7 +8,14 @@ is allowed, and the remedy.
 """
 
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import Api, Cluster, KubeconfigFile, Network, PublishedPort
+from components.settings.cluster import (
+    Api,
+    Cluster,
+    KubeconfigFile,
+    Network,
+    PublishedPort,
+    StorageClass,
+)
 from components.settings.config import load
 from components.settings.host import Host
 from components.settings.problem import Problem, SettingsError
@@ -61,6 +68,7 @@ __all__ = [
     "SecretType",
     "Settings",
     "SettingsError",
+    "StorageClass",
     "Tailscale",
     "Tunnel",
     "auth_key_problem",
