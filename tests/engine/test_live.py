@@ -128,6 +128,9 @@ def bereft(p510, request) -> P510:
     """p510 whose cluster was deleted behind Pulumi's back, and perhaps made anew."""
     p510.on_host("k3d", "cluster", "delete", "factory")
     if request.param == "made anew":
+        # k3s opens no datastore of another cluster: whoever makes one by hand moves it away.
+        data = p510.host_file("/mnt/img_pool/k3d/storage-server/server-0")
+        data.rename(data.with_name("server-0.old"))
         config = "--config=/var/lib/homelab/clusters/factory/k3d.yaml"
         kubeconfig = ("--kubeconfig-update-default=false", "--kubeconfig-switch-context=false")
         p510.on_host("k3d", "cluster", "create", config, "--no-rollback", *kubeconfig)
