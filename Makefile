@@ -2,15 +2,16 @@
 PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
+MUTANTS ?=
 setup = $(PYTHON) -m setup
-# Only where tests/cluster is going to run.
+# Only where tests/cluster is going to run: it needs a kube-apiserver.
 cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
 
 # Without cached bytecode every run compiles the providers' SDKs anew, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check bench format
+.PHONY: help setup rehearse test check mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +31,9 @@ check: setup ## lint, format, types, import rule, schema; no engine
 	@.venv/bin/pyright
 	@.venv/bin/lint-imports
 	@.venv/bin/python -m components.settings.schema --check
+
+mutants: ## show that each incident's test fails without its safeguard; one: MUTANTS=no-lock
+	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)
 
 bench: ## the benchmarks
 	@$(setup) -- .venv/bin/python -m bench

@@ -21,6 +21,7 @@ from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.storage import LocalStorage, LocalStorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
+from components.units import LiveUnits, Units, UnitsArgs
 
 debug.keep_outputs_out_of_messages()
 stack = settings.load()
@@ -28,18 +29,20 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
-live = LiveCluster.read(stack.cluster, connection)
+live = LiveCluster.read(stack.cluster, connection, installs_k3d=stack.host.k3d.install)
+units = LiveUnits.read(stack, connection)
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.state == "running":
     refuse_two_owners(stack.tunnels, name, connection)
 live.announce(stack.cluster, connection.name)
+units.announce(connection.name)
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
 for warning in stack.warnings:
     pulumi.log.warn(warning)
 
-host = Host(pulumi.get_stack(), connection)
+host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker.Provider("docker", host=stack.host.docker, ssh_opts=connection.ssh_options or None)
 k3d = K3dCluster(name, K3dClusterArgs(stack.cluster, live, host, engine))
 kubeconfig = Kubeconfig(name, KubeconfigArgs(stack.cluster, live, host, k3d))
@@ -53,6 +56,7 @@ cluster = Cluster(
     anew=live.anew,
 )
 LocalStorage(name, LocalStorageArgs(stack.cluster.storage_class, cluster))
+Units(name, UnitsArgs(stack, units, host, after=[k3d]))
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 argocd = None
@@ -75,6 +79,7 @@ if stack.tailscale and stack.tailscale.operator:
 
 homelab.export(
     cluster=k3d.output,
+    acceptance=k3d.acceptance,
     kubeconfig=kubeconfig.content,
     namespaces=namespaces.names,
     argocd=argocd and argocd.output,

@@ -110,7 +110,7 @@ def datastore_of(server: Node) -> str | None:
 
 def backup_directory(machine: Machine, cluster: Cluster) -> str:
     storage = cluster.first.mount(STORAGE_IN_NODE) or ""
-    return f"{storage.rstrip('/')}-backups/{cluster.name}-{stamp(machine)}"
+    return f"{storage.rstrip('/')}-backups/{cluster.name}-{time_stamp(machine)}"
 
 
 def refuse_without_room(machine: Machine, target: str, needed: int, step: str, name: str) -> None:
@@ -145,5 +145,5 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def stamp(machine: Machine) -> str:
+def time_stamp(machine: Machine) -> str:
     return datetime.fromtimestamp(machine.now(), timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")

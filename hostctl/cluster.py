@@ -39,11 +39,14 @@ class Node(NamedTuple):
 
     @property
     def bindings(self) -> dict[str, list[dict[str, str]]]:
-        """Ports that it was created to publish."""
-        return {
-            port: bound or []
-            for port, bound in (self.facts["HostConfig"].get("PortBindings") or {}).items()
-        }
+        """Ports that it was created to publish, as NUMBER/PROTOCOL. k3d names the API's without a
+        protocol, and Docker keeps what it was given; that one comes first."""
+        given = self.facts["HostConfig"].get("PortBindings") or {}
+        found: dict[str, list[dict[str, str]]] = {}
+        for port in sorted(given, key=lambda port: "/" in port):
+            full = port if "/" in port else f"{port}/tcp"
+            found.setdefault(full, []).extend(given[port] or [])
+        return found
 
     @property
     def published(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hostctl.backup import back_up, utc
+from hostctl.certificates import certificate_warnings
 from hostctl.cluster import (
     Cluster,
     find_network,
@@ -37,6 +38,7 @@ from hostctl.live import (
     subnet_of,
 )
 from hostctl.machine import STATE_DIRECTORY, Machine, Ran, TookTooLong, ToolMissing
+from hostctl.preflight import create_errors, port_errors, published_ports, refuse_create
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, next_generation, read_record, write_record
 from hostctl.spec import (
@@ -50,13 +52,11 @@ from hostctl.spec import (
     server_url,
 )
 from hostctl.swap import continue_swap, have_image, set_aside, swap_node
-from hostctl.tools import TOOLS, attempt, run_tool, tool_version
+from hostctl.tools import attempt, run_tool, tool_version
 from hostctl.waiting import (
     asked_version,
     present_cluster,
-    ready,
     restart_container,
-    size_text,
     stop,
     wait_for_address,
     wait_ready,
@@ -72,20 +72,14 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     a kill goes on with exactly those (see `resume`); nothing is ever rolled back (incident 2).
     """
     name = spec["name"]
-    tool_version(machine, "k3d")
+    refuse_create(name, create_errors(machine, spec))
     _refuse_listed(machine, name)
     _refuse_wrong_network(machine, spec)
     have_image(machine, spec["image"], f"creating cluster {name}")
-    wait_for_address(machine, spec["api"]["bind"])
-    for bind, port in _published_ports(spec):
-        if not machine.port_is_free(bind, port):
-            raise Failure(
-                "refused",
-                f"creating cluster {name}",
-                f"port {port} on {bind} is in use",
-                f"see by what: ss --listening --tcp --processes 'sport = :{port}'; stop it or "
-                "choose another port",
-            )
+    for bind in dict.fromkeys(bind for bind, _, _ in published_ports(spec)):
+        wait_for_address(machine, bind)
+    # On the addresses that came meanwhile, too.
+    refuse_create(name, list(port_errors(machine, spec)))
     directory = f"{STATE_DIRECTORY}/clusters/{name}"
     machine.make_directory(directory, 0o755)
     machine.make_directory(spec["storage_dir"], 0o755, "root", "root")
@@ -146,14 +140,6 @@ def _refuse_wrong_network(machine: Machine, spec: Mapping[str, Any]) -> None:
             f"Docker network {name} has subnet {subnet_of(there)}, declared is {subnet}",
             f"declare that subnet, or with nothing connected: docker network rm {name}; {by_hand}",
         )
-
-
-def _published_ports(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
-    ports = [(spec["api"]["bind"], spec["api"]["port"])]
-    ports += [
-        (port["bind"], port["host_port"]) for port in spec["ports"] if port["protocol"] == "tcp"
-    ]
-    return ports
 
 
 def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
@@ -245,11 +231,12 @@ def resume(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Clust
     begun = read_record(machine, name).get("creating")
     if not begun:
         return cluster
+    # k3d makes one of its own and fails on one that is there.
+    helper = f"k3d-{name}-tools"
+    if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
+        step = f"removing k3d's helper {helper} of a create that was cut off"
+        run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
     if cluster.state == "absent":
-        helper = f"k3d-{name}-tools"
-        if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
-            step = f"removing k3d's helper {helper} of a create that was cut off"
-            run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
         return cluster
     ours = [node for node in cluster.nodes if node.labels.get(CREATE_LABEL) == begun["nonce"]]
     if not ours:
@@ -314,9 +301,10 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     unseen: list[str] = []
     live: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
+    warnings: list[tuple[str, str]] = []
     credentials, identity, namespaces = None, None, None
     if cluster.state == "absent":
-        tool_version(machine, "k3d")
+        warnings = [(one.what, one.remedy) for one in create_errors(machine, spec)]
         unseen.append("namespaces and objects: the cluster does not exist")
     else:
         live = live_facts(machine, cluster, unseen)
@@ -328,6 +316,8 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
             # One that a swap has just started has the datastore, and with it the CA, of the old.
             identity = (record.get("swap") or {}).get("identity")
             unseen.append("identity: the node has written no kubeconfig yet")
+        aging, warnings = certificate_warnings(machine, cluster, credentials)
+        live.update(aging)
         namespaces = _namespaces(machine, cluster, unseen)
     fixed = [difference for difference in found if difference["fixed"]]
     # A create that was cut off is not what was declared, however it looks.
@@ -349,6 +339,18 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
         "live": live,
         "namespaces": namespaces,
         "unseen": unseen,
+        "warnings": [{"what": what, "remedy": remedy} for what, remedy in warnings],
+        **_acceptance(record),
+    }
+
+
+def _acceptance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The last acceptance, and the generation for the next: it moves on until one is passed."""
+    last = record.get("acceptance")
+    passed = bool(last) and last["state"] == "passed"
+    return {
+        "acceptance": last and {key: last[key] for key in ("state", "detail", "remedy")},
+        "acceptance_generation": next_generation(last or {}, passed),
     }
 
 
@@ -392,6 +394,8 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         if fixed or cluster.state == "absent":
             refuse_docker_resolvers(machine, spec)
         if fixed:
+            # Nothing of the cluster is touched when what takes its place cannot be made.
+            refuse_create(name, create_errors(machine, spec, cluster))
             have_image(machine, spec["image"], f"recreating cluster {name}")
             stop(machine, cluster)
             backup = back_up(machine, cluster)
@@ -444,7 +448,7 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     applied = {
         key: spec[key]
         for key in CLUSTER_SPEC
-        if key not in ("generation", "incarnation", "recreate", "confirm")
+        if key not in ("generation", "incarnation", "recreate", "confirm", "installs_k3d")
     }
     record = read_record(machine, name)
     bootstrapped = record.get("argocd") if record.get("identity") == identity else None
@@ -549,61 +553,3 @@ def _credentials(machine: Machine, cluster: Cluster) -> dict[str, str]:
             f"hostctl k3d start {cluster.name}",
         )
     return credentials
-
-
-def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:
-    """All that is wrong or missing on the host for this cluster, at once, each with its remedy."""
-    spec = cluster_spec(spec, "k3d doctor")
-    findings: list[dict[str, str]] = []
-
-    def find(severity: str, what: str, remedy: str) -> None:
-        findings.append({"severity": severity, "what": what, "remedy": remedy})
-
-    for tool in TOOLS:
-        try:
-            tool_version(machine, tool)
-        except Failure as failure:
-            find("error", f"{failure.step}: {failure.cause}", failure.remedy)
-    cluster = None
-    try:
-        cluster = look(machine, spec["name"], spec["network"]["name"])
-    except Failure as failure:
-        find("error", f"{failure.step}: {failure.cause}", failure.remedy)
-    try:
-        refuse_docker_resolvers(machine, spec)
-    except Failure as failure:
-        if failure.code == "refused":
-            find("error", failure.cause, failure.remedy)
-    bind = spec["api"]["bind"]
-    if not machine.has_address(bind):
-        find("error", f"no interface has {bind}", "bring it up: ip address show")
-    storage = machine.stat(spec["storage_dir"])
-    if storage and storage.kind != "directory":
-        find("error", f"{spec['storage_dir']} is no directory", "move it away")
-    elif machine.free_bytes(spec["storage_dir"]) < 5 * 2**30:
-        room = size_text(machine.free_bytes(spec["storage_dir"]))
-        find("warning", f"{spec['storage_dir']} has {room} left", "make room there")
-    if cluster and cluster.state == "absent":
-        for address, port in _published_ports(spec):
-            if machine.has_address(address) and not machine.port_is_free(address, port):
-                find("error", f"port {port} on {address} is in use", "stop what listens there")
-        if spec["servers"] == 1 and cluster.network is None:
-            find(
-                "info", f"Docker network {spec['network']['name']} is missing", "pulumi up makes it"
-            )
-    elif cluster:
-        for one in inspected(machine, spec, cluster)["differences"]:
-            severity = "error" if one["fixed"] else "warning"
-            what = f"{one['key']} is {plain(one['live'])}, declared {plain(one['declared'])}"
-            find(severity, what, one["remedy"])
-        credentials, why = ready(machine, cluster)
-        if not credentials:
-            find("error", why, f"docker logs --tail 50 {cluster.first.name}")
-        if cluster.of("loadbalancer") and spec["servers"] == 1:
-            find(
-                "warning",
-                "a load balancer stands before the only server; it can start before the bind "
-                "address is there (incident 1)",
-                "a recreate makes the cluster without one",
-            )
-    return {"findings": findings}

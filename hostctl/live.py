@@ -221,7 +221,7 @@ def _no_swap(
             f"the swap to it at {failed['at']} failed: {failed['cause']}; to try it again: "
             f"hostctl k3d retry {spec['name']}"
         )
-    old, new = (_release(image) for image in (live["image"], spec["image"]))
+    old, new = (_k3s_release(image) for image in (live["image"], spec["image"]))
     if not old or not new:
         return "the tags of both images must name a release of k3s, such as v1.31.5-k3s1"
     major, minor, patch, _ = old
@@ -236,7 +236,7 @@ def _no_swap(
     return None
 
 
-def _release(image: str) -> tuple[int, ...] | None:
+def _k3s_release(image: str) -> tuple[int, ...] | None:
     found = re.search(r":v(\d+)\.(\d+)\.(\d+)[-+]k3s(\d+)", image)
     return tuple(map(int, found.groups())) if found else None
 

@@ -278,7 +278,7 @@ ACCOUNT = text_matching(
     r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,63}", "the name or number of a user or group"
 )
 COMMIT = text_matching(r"[0-9a-f]{40}", "a commit of 40 hex digits")
-_IMAGE = text_matching(
+IMAGE = text_matching(
     # Docker's grammar of references (github.com/distribution/reference); what is before the first
     # slash may be a registry's host and port. Then a tag, a digest, or both.
     r"(?!.*:latest(@|$))([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?(:\d{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
@@ -289,6 +289,10 @@ _SERVER = text_matching(
     r"https://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "https://HOST:PORT that clients reach"
 )
 INCARNATION = text_matching(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
+EXTERNAL_NAME = text_matching(
+    r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+",
+    "a host name with a dot, in lower case",
+)
 KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
@@ -315,7 +319,7 @@ def server_url(value: Any) -> str:
 
 CLUSTER_SPEC: dict[str, Any] = {
     "name": Value(CLUSTER_NAME),
-    "image": Value(_IMAGE),
+    "image": Value(IMAGE),
     "servers": Value(number_between(1, 9), 1),
     "agents": Value(number_between(0, 99), 0),
     "disable": Items(Value(text_matching(r"[a-z0-9-]{1,63}", "a packaged component of k3s")), []),
@@ -349,6 +353,7 @@ CLUSTER_SPEC: dict[str, Any] = {
     "incarnation": Value(or_null(INCARNATION), None),
     "recreate": Value(or_null(CLUSTER_NAME), None),
     "confirm": Value(or_null(CLUSTER_NAME), None),
+    "installs_k3d": Value(boolean, False),
 }
 
 

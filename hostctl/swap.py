@@ -17,7 +17,7 @@ from hostctl.backup import (
     refuse_without_room,
     restore_datastore,
     run_copy,
-    stamp,
+    time_stamp,
     utc,
 )
 from hostctl.cluster import (
@@ -345,7 +345,7 @@ def set_aside(machine: Machine, data: str) -> None:
     """Renames the datastore of an earlier cluster: another one's token would not open it, and it
     may be the only copy."""
     if not machine.is_empty(data):
-        kept = f"{data}.{stamp(machine)}"
+        kept = f"{data}.{time_stamp(machine)}"
         say(f"{data} holds an earlier cluster's datastore: it is now {kept}")
         machine.rename(data, kept)
 

@@ -14,14 +14,25 @@ World, below `<rehearsal>/world/machine/`:
                             `db/state.db` where it is mounted from, below files/. `opening`,
                             when added, is {"seconds", "bytes_per_second", "stalls"}: how long a
                             start of the server takes, what it reads meanwhile, how many starts
-                            read nothing
+                            read nothing. `images`, when added, are those in its nodes, as `crictl
+                            images` shows them, each with `used`
   containers/<name>.json    any other container, in the form of `docker inspect`
-  volumes.json              names of volumes
+  volumes.json              names of volumes; one that is in orphans.json too has lost its container
+  orphans.json              {"<volume>": what `docker volume inspect` shows beside its name}
+  dangling.json             {"<image id>": bytes}, images without a tag; build-cache: its size
+  databases.json            {"<namespace>/<workload>": {"<database>": {"content", "rows"}}}
+  init.json, systemd.json, middleware.json  see rehearsal/init.py
   git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
                             "<commit>"}}}; a repository that is not listed has every branch, at a
                             made-up commit
   addresses.json            {"<address>": seconds until an interface has it, or null for never}
-  ports.json                ports that others listen on; free: bytes of free disk
+  ports.json                ports that others listen on, as 8080 or "8080/udp"; free: bytes of free
+                            disk; file-system.json: [type, whether it can be written]
+  pods.json                 {"lookup": what becomes of a pod that asks for a name: "resolves",
+                            "fails", "no-image" or "unscheduled"}
+  clock-skew                seconds that the API server's clock is ahead of the host's
+  downloads.json            {"<url>": sha256 of what is there, or null when it is cut off}; any
+                            other has what is asked for
   accounts.json             users and groups that the host lacks
   docker-down               Docker does not answer (as does world/docker/unreachable)
   missing-tools.json        programs that are not on PATH
@@ -53,8 +64,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from hostctl.live import k3s_version
-from hostctl.machine import Machine, Ran, Stat, ToolMissing
+from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMissing
 from rehearsal.core import World
+from rehearsal.init import Usage as _Usage
+from rehearsal.init import is_mark, midclt, systemctl
 
 Object = dict[str, Any]
 
@@ -86,9 +99,22 @@ _IMAGE_CONFIG: Object = {
     "WorkingDir": "",
 }
 
-
-class _Usage(Exception):
-    """A call that the model does not know."""
+_INFO: Object = {
+    "CgroupVersion": "2",
+    "DockerRootDir": "/var/lib/docker",
+    "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
+}
+# Of a host that lacks nothing. What is in the world's files takes their place.
+_KERNEL_FILES = {
+    "/proc/modules": "".join(
+        f"{name} 16384 1 - Live 0x0000000000000000\n"
+        for name in ("overlay", "br_netfilter", "nf_conntrack", "vxlan")
+    ),
+    "/proc/sys/fs/inotify/max_user_instances": "512\n",
+    "/proc/sys/fs/inotify/max_user_watches": "524288\n",
+    "/proc/sys/net/ipv4/ip_forward": "1\n",
+    "/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory hugetlb pids rdma misc\n",
+}
 
 
 def _options(
@@ -159,12 +185,13 @@ class RehearsalMachine(Machine):
         env: Mapping[str, str] | None = None,
         timeout: float = 30.0,
         tick: Callable[[float], None] | None = None,
-        to_file: str | None = None,
         from_file: str | None = None,
+        to_file: str | None = None,
         limit: int = 0,
         ends_with_us: bool = False,
     ) -> Ran:
-        if argv[0] in self.setting("missing-tools.json", []):
+        installed = self._file(f"{TOOLS_DIRECTORY}/{argv[0]}").exists()
+        if argv[0] in self.setting("missing-tools.json", []) and not installed:
             raise ToolMissing(argv[0])
         models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
             "docker": self._docker,
@@ -174,14 +201,17 @@ class RehearsalMachine(Machine):
             "tar": self._tar,
             "rm": self._rm,
             "sync": lambda words, input, env: _done(),
+            "systemctl": lambda words, *_: systemctl(self, words),
+            "midclt": lambda words, *_: midclt(self, words),
         }
         if argv[0] not in models:
             raise ToolMissing(argv[0])
         if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
             return _done(_VERSIONS[tuple(argv)])
+        if from_file:
+            input = self.read(from_file)
         try:
-            given = self._file(from_file).read_bytes() if from_file else input
-            ran = models[argv[0]](list(argv[1:]), given, env or {})
+            ran = models[argv[0]](list(argv[1:]), input, env or {})
         except _Usage as unknown:
             return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
         if to_file:
@@ -198,6 +228,8 @@ class RehearsalMachine(Machine):
         return self.root / "access" / (quote(path, safe="") + ".json")
 
     def read(self, path: str, limit: int = 1024 * 1024) -> bytes:
+        if path in _KERNEL_FILES and not self._file(path).exists():
+            return _KERNEL_FILES[path].encode()
         return self._file(path).read_bytes()
 
     def write_atomic(
@@ -210,7 +242,7 @@ class RehearsalMachine(Machine):
     ) -> None:
         target = self._file(path)
         # The host's own directories are there; hostctl makes what is below them.
-        if path.count("/") == 2:
+        if path.count("/") == 2 or target.parent == self._file("/etc/systemd/system"):
             target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.write_bytes(content)
@@ -261,7 +293,7 @@ class RehearsalMachine(Machine):
     def stat(self, path: str) -> Stat | None:
         file = self._file(path)
         if not file.exists():
-            return None
+            return Stat("directory", 0o755, "root", "root", 0) if is_mark(self, path) else None
         access = self._access(path)
         seen = json.loads(access.read_text()) if access.exists() else {}
         kind = "directory" if file.is_dir() else "file"
@@ -281,8 +313,35 @@ class RehearsalMachine(Machine):
     def tree_bytes(self, path: str) -> int:
         return sum(len(content) for _, content in self._tree(path))
 
+    def file_bytes(self, path: str) -> int:
+        return self._file(path).stat().st_size if self._file(path).exists() else 0
+
+    def newest(self, path: str) -> float | None:
+        files = (file for file in self._file(path).rglob("*") if file.is_file())
+        return max((self._written(file) for file in files), default=None)
+
+    def _written(self, file: Path) -> float:
+        seen = self.stat("/" + str(file.relative_to(self.root / "files")))
+        assert seen is not None
+        return seen.modified
+
+    def names(self, path: str) -> list[str]:
+        top = self._file(path)
+        return sorted(file.name for file in top.iterdir()) if top.is_dir() else []
+
+    def publish(self, written: str, path: str) -> None:
+        self._file(written).replace(self._file(path))
+        if self._access(written).exists():
+            self._access(written).replace(self._access(path))
+
     def checksum(self, path: str) -> str:
-        return hashlib.sha256(self.read(path)).hexdigest()
+        content = self.read(path)
+        downloaded = content.partition(_DOWNLOADED)[2]
+        return downloaded.decode() or hashlib.sha256(content).hexdigest()
+
+    def file_system(self, path: str) -> tuple[str, bool]:
+        kind, writable = self.setting("file-system.json", ["ext4", True])
+        return kind, writable
 
     def _tree(self, path: str) -> list[tuple[str, bytes]]:
         top = self._file(path)
@@ -323,16 +382,40 @@ class RehearsalMachine(Machine):
         seed = self.setting("seed", "a rehearsal")
         return hashlib.sha256(f"{seed}/{what}".encode()).hexdigest()
 
+    def kernel(self) -> tuple[str, str]:
+        return "6.12.0", "x86_64"
+
     # Network
 
     def has_address(self, address: str) -> bool:
         after = self.setting("addresses.json", {}).get(address, 0)
         return after is not None and self.setting("slept", 0.0) >= after
 
-    def port_is_free(self, address: str, port: int) -> bool:
-        return port not in self.setting("ports.json", []) and not any(
+    def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
+        taken = self.setting("ports.json", [])
+        if protocol == "udp":
+            return f"{port}/udp" not in taken
+        return port not in taken and not any(
             self._publishes(cluster, port) for cluster in self.clusters()
         )
+
+    def served(self, address: str, port: int) -> Served | None:
+        for cluster in self.clusters():
+            if self._publishes(cluster, port) and self._is_open(cluster):
+                shown = base64.b64decode(cluster.get("serving", cluster["certificate"])).decode()
+                return Served(
+                    base64.b64decode("".join(shown.splitlines()[1:-1])),
+                    float(int(self.now() + self.setting("clock-skew", 0))),
+                )
+        return None
+
+    def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
+        there = self.setting("downloads.json", {}).get(url, sha256)
+        if there is None:
+            raise OSError("cut off after 4096 of 25000000 bytes")
+        if there != sha256:
+            raise ValueError(there)
+        return _DOWNLOADED + sha256.encode()
 
     def connect(self, address: str, port: int, ca: str) -> str | None:
         for cluster in self.clusters():
@@ -390,9 +473,9 @@ class RehearsalMachine(Machine):
         if key == "TS_AUTHKEY" or "tailscale" in path:
             return f"tskey-auth-{value}"
         if kind == "kubernetes.io/tls":
-            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value)
+            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value.encode())
         if kind == "kubernetes.io/ssh-auth":
-            return _pem("OPENSSH PRIVATE KEY", value)
+            return _pem("OPENSSH PRIVATE KEY", value.encode())
         return value
 
     # Docker
@@ -405,15 +488,15 @@ class RehearsalMachine(Machine):
     def _docker(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         if self._docker_is_down():
             return _failed(_DOCKER_DOWN)
-        self._stdin = input
-        if words[0] in ("network", "volume", "image", "context") and len(words) > 1:
+        kinds = ("network", "volume", "image", "context", "system", "builder")
+        if words[0] in kinds and len(words) > 1:
             verb, rest = f"{words[0]}_{words[1]}", words[2:]
         else:
             verb, rest = words[0], words[1:]
         model = getattr(self, f"_docker_{verb}", None)
         if model is None:
             raise _Usage("unknown command")
-        return model(rest)
+        return model(rest, input) if verb in ("exec", "cp") else model(rest)
 
     def _docker_ps(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--all", "--no-trunc"], ["--format"])
@@ -491,14 +574,72 @@ class RehearsalMachine(Machine):
 
     def _docker_volume_ls(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--quiet"], ["--filter"])
-        pattern = options["--filter"].removeprefix("name=")
-        if operands or pattern == options["--filter"]:
-            raise _Usage("docker volume ls without --filter name=")
-        names = [name for name in self.setting("volumes.json", []) if re.search(pattern, name)]
+        key, _, pattern = options["--filter"].partition("=")
+        if operands or key not in ("name", "dangling"):
+            raise _Usage("docker volume ls without --filter name= or dangling=")
+        names = self.setting("volumes.json", [])
+        if key == "dangling":
+            orphans = self.setting("orphans.json", {})
+            names = [name for name in names if name in orphans]
+        else:
+            names = [name for name in names if re.search(pattern, name)]
         return _done("".join(f"{name}\n" for name in names))
 
+    def _docker_volume_inspect(self, words: list[str]) -> Ran:
+        facts = {"Driver": "local", "Labels": None, "Options": None}
+        orphans = self.setting("orphans.json", {})
+        return _done(
+            json.dumps(
+                [
+                    {
+                        "Name": name,
+                        "Mountpoint": f"/var/lib/docker/volumes/{name}/_data",
+                        **facts,
+                        **orphans.get(name, {}),
+                    }
+                    for name in words
+                ]
+            )
+        )
+
+    def _docker_volume_rm(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        if name not in self.setting("orphans.json", {}):
+            return _failed(f"Error response from daemon: remove {name}: volume is in use - [0a1b]")
+        self.set("volumes.json", [one for one in self.setting("volumes.json", []) if one != name])
+        return _done(f"{name}\n")
+
+    def _docker_image_ls(self, words: list[str]) -> Ran:
+        if words != ["--quiet", "--no-trunc", "--filter", "dangling=true"]:
+            raise _Usage("docker image ls of other than dangling images")
+        return _done("".join(f"{image}\n" for image in self.setting("dangling.json", {})))
+
+    def _docker_image_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker image prune with more than --force")
+        used = {facts.get("Image") for facts in self._all_containers()}
+        images = self.setting("dangling.json", {})
+        self.set("dangling.json", {key: size for key, size in images.items() if key in used})
+        return _done("Total reclaimed space: 1kB\n")
+
+    def _docker_system_df(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{.Type}}={{.Reclaimable}}"]:
+            raise _Usage("docker system df with another format")
+        return _done(f"Images=1GB (50%)\nBuild Cache={self.setting('build-cache', '0B')}\n")
+
+    def _docker_builder_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker builder prune with more than --force")
+        size = self.setting("build-cache", "0B")
+        self.set("build-cache", "0B")
+        return _done(f"ID\tRECLAIMABLE\nTotal:\t{size}\n")
+
     def _docker_image_inspect(self, words: list[str]) -> Ran:
-        options, (wanted,) = _options(words, (), ["--format"])
+        options, wanteds = _options(words, (), ["--format"])
+        if options.get("--format") == "{{.Id}} {{.Size}}":
+            sizes = self.setting("dangling.json", {})
+            return _done("".join(f"{one} {sizes[one]}\n" for one in wanteds))
+        (wanted,) = wanteds
         if options.get("--format") in ("{{.Id}}", "{{json .Config}}"):
             known = {image.get("name") for _, image in self.docker_world.list("image")}
             known |= {*self.setting("images.json", []), *self._node_images()}
@@ -514,7 +655,7 @@ class RehearsalMachine(Machine):
                 return _done(json.dumps([image.get("repoDigest")]))
         return _failed(f"Error response from daemon: No such image: {wanted}")
 
-    def _docker_cp(self, words: list[str]) -> Ran:
+    def _docker_cp(self, words: list[str], input: bytes) -> Ran:
         _, operands = _options(words, ["--archive"])
         if len(operands) != 2 or "-" not in operands:
             raise _Usage("docker cp with neither stdin nor stdout")
@@ -524,7 +665,7 @@ class RehearsalMachine(Machine):
             return _failed(f"Error: No such container:path: {container}:{path}")
         cluster, node = found
         if operands[0] == "-":
-            with tarfile.open(fileobj=io.BytesIO(self._stdin)) as archive:
+            with tarfile.open(fileobj=io.BytesIO(input)) as archive:
                 for member in archive:
                     held = archive.extractfile(member)
                     node["layer"][f"{path}{member.name}"] = held.read().decode() if held else ""
@@ -547,9 +688,14 @@ class RehearsalMachine(Machine):
             )
         return _done(_archive(files[path]))
 
-    def _docker_exec(self, words: list[str]) -> Ran:
+    def _docker_info(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{json .}}"]:
+            raise _Usage("docker info without --format '{{json .}}'")
+        return _done(json.dumps(_INFO | self.setting("docker-info.json", {})))
+
+    def _docker_exec(self, words: list[str], input: bytes) -> Ran:
         interactive = words[0] == "--interactive"
-        container, *argv = words[interactive:]
+        container, *argv = words[1:] if interactive else words
         found = self._node(container)
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
@@ -559,14 +705,64 @@ class RehearsalMachine(Machine):
         if argv == ["k3s", "--version"]:
             return _done(f"k3s version {k3s_version(node['image']) or 'v1.31.5+k3s1'} (00000000)\n")
         if argv == ["ctr", "--namespace", "k8s.io", "images", "import", "-"] and interactive:
-            node["images"] = [*node.get("images", []), hashlib.sha256(self._stdin).hexdigest()]
+            node["images"] = [*node.get("images", []), hashlib.sha256(input).hexdigest()]
             self._save(cluster)
             return _done()
+        if argv == ["ls", "/opt/cni/bin"]:
+            plugins = node.get("plugins", [])
+            return _done("\n".join(plugins)) if plugins else _failed(f"ls: {argv[1]}: No such file")
+        if argv[0] == "crictl":
+            return self._crictl(argv[1:], cluster)
         if argv[0] != "kubectl":
             raise _Usage(f"docker exec of {argv[0]}")
         if not self._is_open(cluster):
             return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
-        return self._kubectl(argv[1:], b"", cluster)
+        given = input if interactive else b""
+        if argv[1] == "exec":
+            return self._in_pod(argv[2:], given)
+        # Without --interactive, docker exec gives the program no stdin.
+        return self._kubectl(argv[1:], given, cluster)
+
+    def _crictl(self, words: list[str], cluster: Object) -> Ran:
+        images = cluster.get("images", [])
+        match words:
+            case ["images", "--output=json"]:
+                shown = [{k: v for k, v in one.items() if k != "used"} for one in images]
+                return _done(json.dumps({"images": shown}))
+            case ["ps", "--all", "--output=json"]:
+                used = [{"imageRef": one["id"], "image": {}} for one in images if one["used"]]
+                return _done(json.dumps({"containers": used}))
+            case ["rmi", "--prune"]:
+                cluster["images"] = [one for one in images if one["used"]]
+                self.world.put(f"clusters/{cluster['name']}", cluster)
+                return _done()
+        raise _Usage(f"crictl {words}")
+
+    def _in_pod(self, words: list[str], input: bytes) -> Ran:
+        """PostgreSQL's tools in a pod. A dump is its content between two marks."""
+        there, _, argv = (words[: words.index("--")], 0, words[words.index("--") + 1 :])
+        options, (workload,) = _options(there, ["--stdin"], ["--namespace", "--container"])
+        pod = self.setting("databases.json", {}).get(f"{options['--namespace']}/{workload}")
+        if pod is None:
+            kind, _, name = workload.partition("/")
+            return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
+        values = ["--username", "--dbname", "--command", "--format", "--file"]
+        flags = ["--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
+        given, _ = _options(argv[1:], flags, values)
+        if argv[0] == "pg_restore":
+            whole = input.startswith(b"PGDMP ") and input.endswith(b" END")
+            return (
+                _done() if whole else _failed("pg_restore: error: could not read from input file")
+            )
+        database = pod.get(given["--dbname"])
+        if database is None:
+            return _failed(f'FATAL:  database "{given["--dbname"]}" does not exist')
+        if argv[0] == "psql":
+            return _done(f"{len(database['content'])}|{database['rows']}\n")
+        if argv[0] == "pg_dump" and given["--format"] == "custom":
+            end = "" if database.get("cut_off") else " END"
+            return _done(f"PGDMP {database['content']}{end}")
+        raise _Usage(f"kubectl exec of {argv[0]}")
 
     def _docker_top(self, words: list[str]) -> Ran:
         container, *options = words
@@ -778,7 +974,11 @@ class RehearsalMachine(Machine):
         ]
         mounts.append({"Type": "volume", "Source": self._volume(node), "Destination": _K3S})
         published = running and node.get("published", True)
-        ports = {port: bound if published else None for port, bound in node["ports"].items()}
+        ports: Object = {}
+        for port, bound in node["ports"].items():
+            # k3d names the API's port without a protocol, and Docker shows it as it was given.
+            full = port if "/" in port else f"{port}/tcp"
+            ports[full] = ports.get(full, []) + bound if published else None
         endpoint = {
             "IPAddress": node["address"] if running else "",
             "NetworkID": "0",
@@ -1009,7 +1209,7 @@ class RehearsalMachine(Machine):
             }
             nodes.append(front)
         api = {"HostIp": config["kubeAPI"]["hostIP"], "HostPort": config["kubeAPI"]["hostPort"]}
-        front["ports"]["6443/tcp"] = [api]
+        front["ports"]["6443"] = [api]
         for item in config["ports"]:
             bind, host_port, inside = item["port"].split(":")
             bound = {"HostIp": bind, "HostPort": host_port}
@@ -1044,8 +1244,12 @@ class RehearsalMachine(Machine):
         self._start(cluster, node)
 
     def _certificate(self, what: str) -> str:
-        kind = "EC PRIVATE KEY" if "key" in what else "CERTIFICATE"
-        return base64.b64encode(_pem(kind, self._random(what)).encode()).decode()
+        if "key" in what:
+            return base64.b64encode(
+                _pem("EC PRIVATE KEY", self._random(what).encode()).encode()
+            ).decode()
+        # Of no rehearsal's age, so that it never ends in one.
+        return made_up_certificate(self._random(what), "20200101000000Z", "21200101000000Z")
 
     def _new_node(
         self, config: Object, labels: Object, network: str, role: str, number: int
@@ -1180,7 +1384,8 @@ class RehearsalMachine(Machine):
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 
-        return Kubectl(self.root.parent, cluster["ca"], self.now()).run(words, input)
+        pods = self.setting("pods.json", {})
+        return Kubectl(self.root.parent, cluster["ca"], self.now(), pods).run(words, input)
 
 
 _NODE_NAME = re.compile(r"-(server-\d+|agent-\d+|serverlb)$")
@@ -1248,9 +1453,31 @@ def _check_keys(value: Any, shape: Any, path: str) -> None:
         raise _Usage(f"{path}: not {shape.__name__}")
 
 
-def _pem(kind: str, content: str) -> str:
+_DOWNLOADED = b"made-up download with the sha256 "
+
+
+def made_up_certificate(subject: str, begins: str, ends: str) -> str:
+    """What a kubeconfig holds of a certificate: base64 of PEM. Only its validity can be read.
+
+    begins, ends: GeneralizedTime (YYYYMMDDHHMMSSZ).
+    """
+    serial, name = _der(0x02, bytes.fromhex(subject[:16])), _der(0x0C, subject.encode())
+    version, algorithm = _der(0xA0, _der(0x02, b"\x02")), _der(0x30, b"")
+    times = _der(0x18, begins.encode()) + _der(0x18, ends.encode())
+    body = version + serial + algorithm + _der(0x30, name) + _der(0x30, times)
+    signed = _der(0x30, _der(0x30, body) + algorithm)
+    return base64.b64encode(_pem("CERTIFICATE", signed).encode()).decode()
+
+
+def _der(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    length = bytes([size]) if size < 128 else b"\x82" + size.to_bytes(2, "big")
+    return bytes([tag]) + length + content
+
+
+def _pem(kind: str, content: bytes) -> str:
     """A PEM block that parses; what is in it is made up."""
-    body = base64.b64encode(content.encode()).decode()
+    body = base64.b64encode(content).decode()
     return f"-----BEGIN {kind}-----\n{body}\n-----END {kind}-----\n"
 
 

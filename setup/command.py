@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from setup import cache, ssh, tools
+from setup import cache, cluster, ssh, tools
 from setup.cache import SetupError, say
 from setup.tools import CHECKOUT, Found
 
@@ -75,6 +75,11 @@ def resolve(may_install: bool = True) -> dict[str, Found]:
 
 def cluster_rig() -> None:
     """Set up what tests/cluster runs on; where that cannot be had its tests are skipped."""
+    try:
+        cluster.resolve()
+        say("tests/cluster: its Docker engine, k3d and node are set up")
+    except SetupError as error:
+        say(f"tests/cluster cannot run here: {error}")
     try:
         say(f"sshd: {ssh.server().program}")
     except SetupError as error:

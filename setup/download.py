@@ -31,23 +31,8 @@ def unpack(url: str, checksums_url: str, directory: Path) -> None:
 
     Raises SetupError, with the cause, also when the machine's network reaches no such place.
     """
-    name = url.rpartition("/")[2]
-    archive = directory / name
-    expected = _checksum(name, _fetch_small(checksums_url))
-    digest = hashlib.sha256()
-    started = said = time.monotonic()
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, archive.open("wb") as file:
-            while block := response.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-                if time.monotonic() - said > PROGRESS_SECONDS:
-                    said = time.monotonic()
-                    say(f"  {name}: {said - started:.0f} s  {file.tell() >> 20} MiB")
-    except OSError as error:
-        raise SetupError(f"{url}: {error}") from error
-    if digest.hexdigest() != expected:
-        raise SetupError(f"{url}: SHA-256 is {digest.hexdigest()}, published is {expected}")
+    archive = directory / url.rpartition("/")[2]
+    _fetch(url, checksums_url, archive)
     with tarfile.open(archive) as tar:
         for member in tar:
             path = directory / Path(*Path(member.name).parts[1:])
@@ -58,6 +43,31 @@ def unpack(url: str, checksums_url: str, directory: Path) -> None:
                     shutil.copyfileobj(content, file)
                 path.chmod(member.mode & 0o755)
     archive.unlink()
+
+
+def program(url: str, checksums_url: str, path: Path) -> None:
+    """Fetch a program, verify it, and make it executable. Raises SetupError."""
+    _fetch(url, checksums_url, path)
+    path.chmod(0o755)
+
+
+def _fetch(url: str, checksums_url: str, path: Path) -> None:
+    name = url.rpartition("/")[2]
+    expected = _checksum(name, _fetch_small(checksums_url))
+    digest = hashlib.sha256()
+    started = said = time.monotonic()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, path.open("wb") as file:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+                if time.monotonic() - said > PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    say(f"  {name}: {said - started:.0f} s  {file.tell() >> 20} MiB")
+    except OSError as error:
+        raise SetupError(f"{url}: {error}") from error
+    if digest.hexdigest() != expected:
+        raise SetupError(f"{url}: SHA-256 is {digest.hexdigest()}, published is {expected}")
 
 
 def _fetch_small(url: str) -> str:
@@ -87,6 +97,6 @@ def _fetch_small(url: str) -> str:
 def _checksum(name: str, checksums: str) -> str:
     for line in checksums.splitlines():
         digest, _, file = line.partition(" ")
-        if file.strip().lstrip("*").removeprefix("./") == name:
+        if file.strip().lstrip("*").rpartition("/")[2] == name:
             return digest.lower()
     raise SetupError(f"{name} is not in the published checksums")

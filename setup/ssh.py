@@ -1,7 +1,4 @@
-"""The SSH server of tests/cluster/test_ssh.py: from PATH, else Debian's, unpacked into the cache.
-
-Nothing is installed and no script of a package is run: a test changes nothing of the system.
-"""
+"""The SSH server of tests/cluster/test_ssh.py: from PATH, else Debian's in the cache."""
 
 import os
 import platform
@@ -9,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup import cache
+from setup import cache, debian
 from setup.cache import SetupError
 
 _PACKAGES = ["openssh-server", "libwrap0"]
@@ -35,20 +32,5 @@ def server(may_install: bool = True) -> Server:
 
 
 def _unpack(directory: Path) -> str:
-    for tool in ("apt-get", "dpkg"):
-        if not shutil.which(tool):
-            raise SetupError(f"no sshd on PATH, and no {tool} to get Debian's by")
-    archives = directory / "archives"
-    archives.mkdir()
-    archives.chmod(0o777)  # apt fetches as a user of its own
-    directory.chmod(0o755)
-    step = "SSH server"
-    try:
-        cache.run(step, ["apt-get", "download", *_PACKAGES], cwd=archives)
-    except SetupError:
-        cache.run(step, ["apt-get", "update"])
-        cache.run(step, ["apt-get", "download", *_PACKAGES], cwd=archives)
-    for archive in sorted(archives.iterdir()):
-        cache.run(step, ["dpkg", "--extract", str(archive), str(directory / "root")])
-    shutil.rmtree(archives)
+    debian.unpack("SSH server", _PACKAGES, directory / "root")
     return "Debian packages"

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +59,13 @@ class Found:
 
 def uv(may_install: bool = True) -> Found:
     """The directory of a suitable uv. Raises SetupError."""
-    return _resolve(UV, "--version", {"release": _uv_release, "PyPI": _uv_pypi}, may_install)
+    return resolve(UV, "--version", {"release": _uv_release, "PyPI": _uv_pypi}, may_install)
 
 
 def pulumi(may_install: bool = True) -> Found:
     """The directory of a suitable engine, the command `pulumi`. Raises SetupError."""
     ways = {"release": _pulumi_release, "Go module": _pulumi_go}
-    return _resolve(PULUMI, "version", ways, may_install)
+    return resolve(PULUMI, "version", ways, may_install)
 
 
 def language_host(engine: Found, uv: Found, may_install: bool = True) -> Found:
@@ -105,9 +105,10 @@ def _cached(name: str, make: Callable[[Path], str], may_install: bool, what: str
     return cache.install(name, make)
 
 
-def _resolve(
+def resolve(
     tool: Tool, ask: str, ways: dict[str, Callable[[Path], str]], may_install: bool
 ) -> Found:
+    """The directory of a suitable tool: on PATH, else installed in one of these ways, in order."""
     found = shutil.which(tool.name)
     version = _version(found, ask) if found else ""
     if found and tool.suits(version):
@@ -186,20 +187,37 @@ def _pulumi_release(directory: Path) -> str:
 
 
 def _pulumi_go(directory: Path) -> str:
+    say("  building it takes about 3 minutes on two cores")
+    module = "github.com/pulumi/pulumi"
+    flags = f"-X {module}/sdk/v3/go/common/version.Version=v{PULUMI.version}"
+    package = f"{module}/pkg/v3/cmd/pulumi"
+    go_build("pulumi", HERE / "go", {directory / "pulumi": package}, flags)
+    return f"built from the Go module {module}/pkg/v3"
+
+
+def go_build(
+    step: str,
+    module: Path,
+    programs: Mapping[Path, str],
+    flags: str = "",
+    *,
+    static: bool = False,
+    keep: bool = False,
+) -> None:
+    """Build programs from the packages that a go.mod pins; `static` ones need no libraries.
+
+    Go's caches are kept until it succeeds, and after that with `keep`. Raises SetupError.
+    """
     go = shutil.which("go")
     if not go:
         raise SetupError("go is not on PATH (any from 1.21 will do; it gets the one that it needs)")
-    say("  building it takes about 3 minutes on two cores")
-    work = cache.root() / "go"  # kept until it succeeds: an interrupted build goes on where it was
-    module = "github.com/pulumi/pulumi"
-    flags = f"-s -w -X {module}/sdk/v3/go/common/version.Version=v{PULUMI.version}"
+    work = cache.root() / "go" / module.name  # an interrupted build goes on where it was
     build = [go, "build", "-v", "-trimpath", "-mod=readonly", "-modcacherw", "-buildvcs=false"]
     caches = {"GOMODCACHE": str(work / "mod"), "GOCACHE": str(work / "build"), "GOWORK": "off"}
-    cache.run(
-        "pulumi",
-        [*build, "-ldflags", flags, "-o", f"{directory}/", f"{module}/pkg/v3/cmd/pulumi"],
-        cwd=HERE / "go",
-        env={**os.environ, **caches},
-    )
-    shutil.rmtree(work, ignore_errors=True)
-    return f"built from the Go module {module}/pkg/v3"
+    environment = {**os.environ, **caches, **({"CGO_ENABLED": "0"} if static else {})}
+    for target, package in programs.items():
+        name = step if len(programs) == 1 else f"{step} {target.name}"
+        command = [*build, "-ldflags", f"-s -w {flags}", "-o", str(target), package]
+        cache.run(name, command, cwd=module, env=environment)
+    if not keep:
+        shutil.rmtree(work, ignore_errors=True)

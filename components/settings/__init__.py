@@ -9,6 +9,7 @@ is allowed, and the remedy.
 
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import (
+    Acceptance,
     Api,
     Cluster,
     KubeconfigFile,
@@ -17,7 +18,7 @@ from components.settings.cluster import (
     StorageClass,
 )
 from components.settings.config import load
-from components.settings.host import Host
+from components.settings.host import Host, K3d
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -41,13 +42,17 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
+from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
 
 __all__ = [
+    "Acceptance",
     "Access",
     "Adopt",
     "Api",
     "ArgoCD",
     "AuthKey",
+    "Backups",
+    "Cleaning",
     "Cloudflare",
     "Cluster",
     "ClusterConnector",
@@ -55,11 +60,13 @@ __all__ = [
     "ExternalConnector",
     "Host",
     "HostConnector",
+    "K3d",
     "KubeconfigFile",
     "Namespace",
     "Network",
     "Operator",
     "Origin",
+    "PostgresBackup",
     "Problem",
     "PublishedPort",
     "Route",
@@ -71,6 +78,7 @@ __all__ = [
     "StorageClass",
     "Tailscale",
     "Tunnel",
+    "VolumeBackup",
     "auth_key_problem",
     "load",
     "missing_keys",

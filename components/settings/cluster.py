@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from components.settings.model import (
     AbsolutePath,
     Account,
+    Hostname,
     Image,
     Model,
     Number,
@@ -279,6 +280,25 @@ class KubeconfigFile(Model):
     )
 
 
+class Acceptance(Model):
+    """What a cluster must show after every change of it."""
+
+    name: Hostname = Field(
+        default="registry-1.docker.io",
+        description="External name that a pod must resolve; not the node (incident 5).",
+    )
+    image: Image = Field(
+        default="rancher/mirrored-library-busybox:1.36.1",
+        description="Image of that pod, with sh and busybox's nslookup. Default: what k3s uses for "
+        "volumes.",
+    )
+    required: bool = Field(
+        default=False,
+        strict=True,
+        description="Whether `up` fails, rather than warns, when it is not passed.",
+    )
+
+
 class Cluster(Model):
     """A Kubernetes cluster. A change of what is fixed at creation is refused until confirmed."""
 
@@ -364,6 +384,11 @@ class Cluster(Model):
         default=1800,
         description="Ceiling for the wait on the API, in seconds; it ends early when the server "
         "stops reading its datastore (incident 4).",
+    )
+    acceptance: Acceptance = Field(
+        default=Acceptance(),
+        description="The check after every change of the cluster: its API answers through its "
+        "published port, and a pod resolves an external name.",
     )
     recreate: ClusterName | None = Field(
         default=None,

@@ -160,7 +160,8 @@ def a_namespace_less(p510):
 # The cluster
 
 
-@edit("update Command cluster")
+# The bounds of the start at boot follow it.
+@edit("update Command cluster", "update Command acceptance", "update Command units")
 def a_longer_wait_for_the_api(p510):
     with p510.edited() as settings:
         settings["cluster"]["apiWaitSeconds"] = 3600

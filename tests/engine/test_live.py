@@ -13,6 +13,8 @@ from tests.engine.conftest import P510, edited_file, errors, planned
 pytestmark = pytest.mark.engine
 
 NODE = "k3d-factory-server-0"
+HEALED = {"update Command cluster", "update Command acceptance"}
+"""What a preview shows of a cluster that up changes."""
 ENGINES_OWN = {"pulumi:pulumi:Stack", "pulumi:providers:command"}
 """What a run registers before the program has said anything."""
 SLEEPING = {"update kubernetes kubernetes"}
@@ -35,8 +37,8 @@ def test_a_stopped_cluster_is_seen_said_and_started(p510):
     for preview in (p510.preview(), p510.preview("--refresh")):
         assert "cluster factory on this machine is stopped: up starts it" in preview.stdout
         assert "not seen: namespaces and objects: the cluster is stopped" in preview.stdout
-        assert planned(preview) == {"update Command cluster", *SLEEPING}
-    assert planned(p510.up()) == {"update Command cluster"}
+        assert planned(preview) == HEALED | SLEEPING
+    assert planned(p510.up()) == HEALED
     assert json.loads(p510.cluster_file.read_text())["state"] == "running"
     assert_settled(p510)
 
@@ -45,7 +47,7 @@ def test_an_edit_of_what_lives_in_a_stopped_cluster_is_shown_and_made(p510):
     p510.on_host("docker", "stop", "-t", "60", NODE)
     with p510.edited() as settings:
         settings["tunnels"]["factory"]["connector"]["replicas"] = 3
-    changes = {"update Command cluster", "update Deployment factory/cloudflared-factory"}
+    changes = {*HEALED, "update Deployment factory/cloudflared-factory"}
     assert planned(p510.preview()) == {*changes, *SLEEPING}
     assert planned(p510.up()) == changes
     deployment = p510.objects / "factory" / "Deployment.apps" / "cloudflared-factory.json"
@@ -115,7 +117,7 @@ def replaced_with_the_cluster(p510: P510) -> set[str]:
         if resource["type"].startswith("kubernetes:")
     }
     assert len(anew) == 43
-    return {"update Command cluster"} | {f"{op} {name}" for op in REPLACEMENT for name in anew}
+    return HEALED | {f"{op} {name}" for op in REPLACEMENT for name in anew}
 
 
 def objects(p510: P510) -> set[str]:
@@ -224,7 +226,7 @@ def test_an_api_port_that_docker_did_not_publish_is_seen_and_healed(p510):
     with edited_file(p510.cluster_file) as cluster:
         cluster["nodes"][0]["published"] = False
     preview = p510.preview()
-    assert planned(preview) == {"update Command cluster"}
+    assert planned(preview) == HEALED
     assert f"up restarts {NODE}, which publishes it" in preview.stdout
     p510.up()
     assert planned(p510.preview()) == set()

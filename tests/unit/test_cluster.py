@@ -45,6 +45,8 @@ def answers(args: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"ok": True}
     if verb == "k3d ensure":
         result["cluster"] = {"k3s_version": "v1.31.5+k3s1"}
+    elif verb == "k3d accept":
+        result["acceptance"] = {"state": "passed", "detail": "a pod resolves it", "remedy": ""}
     elif verb == "k3d identity":
         result["identity"] = "factory-0123456789abcdef"
     elif verb == "kubeconfig":
@@ -288,7 +290,8 @@ def test_the_administrators_key_travels_only_for_the_preview_of_a_rotation(
         verbs.append(verb)
         facts = {"differences": [], "unseen": [], "kubeconfig_behind": True, "state": "running"}
         fixed = {"identity": "i", "generation": 1, "incarnation": "m-1"}
-        answer = {**facts, **fixed, "certificate_generation": 2, **changes}
+        accepted = {"acceptance": None, "acceptance_generation": 1, "warnings": []}
+        answer = {**facts, **fixed, **accepted, "certificate_generation": 2, **changes}
         return {"cluster": answer, "kubeconfig": KUBECONFIG}
 
     monkeypatch.setattr(Connection, "read", read)

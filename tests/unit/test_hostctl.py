@@ -224,8 +224,12 @@ def test_missing_docker_names_version_and_snippets(host: Host) -> None:
 
 def test_missing_k3d_is_told_before_a_create(host: Host) -> None:
     host.machine.set("missing-tools.json", ["k3d"])
-    error = host("k3d inspect", SPEC, code=6)
+    (warning,) = host.inspect()["warnings"]
+    assert "k3d is not on PATH" in warning["what"]
+    assert "pkgs.k3d" in warning["remedy"]
+    error = host("k3d ensure", SPEC, code=6)
     assert "pkgs.k3d" in error["remedy"]
+    assert host.machine.clusters() == []
 
 
 def test_foreign_container_with_the_name_of_a_node_is_refused(host: Host) -> None:
@@ -334,7 +338,7 @@ def test_network_must_be_there_with_its_subnet(
 
 def test_incident_01_no_load_balancer_before_one_server(live: Host) -> None:
     assert [node["name"] for node in live.cluster["nodes"]] == [NODE]
-    assert live.cluster["nodes"][0]["ports"]["6443/tcp"] == [
+    assert live.cluster["nodes"][0]["ports"]["6443"] == [
         {"HostIp": "127.0.0.1", "HostPort": "6443"}
     ]
 
