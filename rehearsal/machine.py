@@ -1333,7 +1333,7 @@ class RehearsalMachine(Machine):
         if "--compare" in options and not operands:
             same = self.read(file) == _archive(self._tree(options["--directory"]))
             return _done() if same else _failed("tar: contents differ")
-        if "--extract" in options and not operands:
+        if {"--extract", "--directory", "--same-owner"} <= options.keys() and not operands:
             with tarfile.open(fileobj=io.BytesIO(self.read(file))) as archive:
                 for member in archive:
                     held = archive.extractfile(member)
