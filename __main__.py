@@ -19,6 +19,7 @@ from components.host import Connection, Host
 from components.namespaces import Namespaces, NamespacesArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
+from components.storage import LocalStorage, LocalStorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 from components.units import LiveUnits, Units, UnitsArgs
 
@@ -54,6 +55,7 @@ cluster = Cluster(
     incarnation=live.incarnation,
     anew=live.anew,
 )
+LocalStorage(name, LocalStorageArgs(stack.cluster.storage_class, cluster))
 Units(name, UnitsArgs(stack, units, host, after=[k3d]))
 namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))

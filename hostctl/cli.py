@@ -16,6 +16,7 @@ from hostctl.argocd import argocd_apply, argocd_resolve
 from hostctl.backups import backup_list, backup_recover, backup_run
 from hostctl.clean import clean
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
+from hostctl.images import images_digest, images_import
 from hostctl.install import install_k3d
 from hostctl.k3d import (
     k3d_delete,
@@ -31,6 +32,7 @@ from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
 from hostctl.spec import NAME_SPEC, checked
+from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
 
@@ -97,11 +99,14 @@ _CLUSTER_EXAMPLE = {
     "api": {"bind": "127.0.0.1", "port": 6443},
     "resolvers": ["1.1.1.1", "9.9.9.9"],
     "storage_dir": "/mnt/img_pool/k3d/storage",
+    "datastore_dir": "/mnt/img_pool/k3d/storage-server",
+    "secrets_encryption": False,
     "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
     "k3s_args": [],
     "ports": [],
     "api_wait_seconds": 1800,
 }
+_ARCHIVE_EXAMPLE = "/var/lib/homelab/images/airgap.tar"
 _KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
 _REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
 
@@ -154,6 +159,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "start"): Verb(k3d_start, {"name": "factory"}, _by_name),
     ("k3d", "stop"): Verb(k3d_stop, {"name": "factory"}, _by_name),
     ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
+    ("k3d", "retry"): Verb(k3d_retry, {"name": "factory"}, _by_name),
     ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster, bare=True),
     ("k3d", "accept"): Verb(
         k3d_accept,
@@ -171,6 +177,16 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
     ("k3d", "kubeconfig"): Verb(
         k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
+    ),
+    ("images", "digest"): Verb(images_digest, {"files": [_ARCHIVE_EXAMPLE]}),
+    ("images", "import"): Verb(
+        images_import,
+        {
+            "cluster": "factory",
+            "files": [{"path": _ARCHIVE_EXAMPLE, "sha256": "(64 hex digits)"}],
+            "incarnation": "0a1b2c3d-1",
+            "image": "rancher/k3s:v1.31.5-k3s1",
+        },
     ),
     ("install", "k3d"): Verb(
         install_k3d, {"version": None, "sha256": None, "url": None}, bare=True

@@ -25,6 +25,7 @@ from hostctl.cluster import (
 )
 from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
+    DATASTORE_IN_NODE,
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
     differences,
@@ -50,10 +51,13 @@ from hostctl.spec import (
     or_null,
     server_url,
 )
+from hostctl.swap import continue_swap, have_image, set_aside, swap_node
 from hostctl.tools import attempt, run_tool, tool_version
 from hostctl.waiting import (
+    asked_version,
     present_cluster,
     restart_container,
+    stop,
     wait_for_address,
     wait_ready,
 )
@@ -71,6 +75,7 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     refuse_create(name, create_errors(machine, spec))
     _refuse_listed(machine, name)
     _refuse_wrong_network(machine, spec)
+    have_image(machine, spec["image"], f"creating cluster {name}")
     for bind in dict.fromkeys(bind for bind, _, _ in published_ports(spec)):
         wait_for_address(machine, bind)
     # On the addresses that came meanwhile, too.
@@ -78,6 +83,11 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     directory = f"{STATE_DIRECTORY}/clusters/{name}"
     machine.make_directory(directory, 0o755)
     machine.make_directory(spec["storage_dir"], 0o755, "root", "root")
+    machine.make_directory(spec["datastore_dir"], 0o700, "root", "root")
+    for number in range(spec["servers"]):
+        data = f"{spec['datastore_dir']}/server-{number}"
+        set_aside(machine, data)
+        machine.make_directory(data, 0o700, "root", "root")
     resolvers = "".join(f"nameserver {address}\n" for address in spec["resolvers"])
     machine.write_atomic(f"{directory}/resolv.conf", resolvers.encode(), 0o644)
     nonce = machine.nonce()
@@ -146,7 +156,11 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
         {"arg": f"--resolv-conf={RESOLVERS_IN_NODE}", "nodeFilters": nodes},
         *(
             {"arg": argument, "nodeFilters": ["server:*"]}
-            for argument in [f"--disable={part}" for part in spec["disable"]] + spec["k3s_args"]
+            for argument in [
+                *(f"--disable={part}" for part in spec["disable"]),
+                *(["--secrets-encryption"] if spec["secrets_encryption"] else []),
+                *spec["k3s_args"],
+            ]
         ),
     ]
     return {
@@ -162,7 +176,16 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
             else {"subnet": spec["network"]["subnet"]}
         ),
         "kubeAPI": api,
-        "volumes": [{"volume": mount, "nodeFilters": nodes} for mount in mounts],
+        "volumes": [
+            *({"volume": mount, "nodeFilters": nodes} for mount in mounts),
+            *(
+                {
+                    "volume": f"{spec['datastore_dir']}/server-{number}:{DATASTORE_IN_NODE}",
+                    "nodeFilters": [f"server:{number}"],
+                }
+                for number in range(spec["servers"])
+            ),
+        ],
         "ports": [
             {
                 "port": "{bind}:{host_port}:{container_port}/{protocol}".format(**port),
@@ -250,15 +273,6 @@ def heal(machine: Machine, cluster: Cluster) -> bool:
     return bool(down) or not api["published"]
 
 
-def stop(machine: Machine, cluster: Cluster) -> None:
-    """Stops all nodes, those that others need last."""
-    for node in reversed(cluster.nodes):
-        if node.running:
-            say(f"stopping {node.name}")
-            argv = ["docker", "stop", "-t", "60", node.name]
-            run_tool(machine, argv, f"stopping {node.name}", "failed", timeout=300.0)
-
-
 def delete(machine: Machine, name: str) -> None:
     """Deletes a cluster that its caller has confirmed. The storage directory stays."""
     tool_version(machine, "k3d")
@@ -270,7 +284,7 @@ def delete(machine: Machine, name: str) -> None:
         raise Failure(
             "failed", f"deleting cluster {name}", f"{names} is left", f"docker rm --force {names}"
         )
-    write_record(machine, name, creating=None)
+    write_record(machine, name, creating=None, swap=None, swap_failed=None)
 
 
 def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
@@ -299,6 +313,8 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
         if credentials:
             identity = identity_of(spec["name"], credentials)
         else:
+            # One that a swap has just started has the datastore, and with it the CA, of the old.
+            identity = (record.get("swap") or {}).get("identity")
             unseen.append("identity: the node has written no kubeconfig yet")
         aging, warnings = certificate_warnings(machine, cluster, credentials)
         live.update(aging)
@@ -359,9 +375,11 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
     spec = cluster_spec(spec, "k3d ensure")
     name = spec["name"]
     with cluster_lock(machine, name):
+        continue_swap(machine, spec)
         cluster = look(machine, name, spec["network"]["name"])
         cluster = resume(machine, spec, cluster)
-        fixed = _fixed_differences(machine, spec, cluster)
+        found = _differences(machine, spec, cluster)
+        fixed = [one for one in found if one["fixed"]]
         if fixed and not may_recreate(spec, fixed):
             raise Failure(
                 "refused",
@@ -378,6 +396,7 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         if fixed:
             # Nothing of the cluster is touched when what takes its place cannot be made.
             refuse_create(name, create_errors(machine, spec, cluster))
+            have_image(machine, spec["image"], f"recreating cluster {name}")
             stop(machine, cluster)
             backup = back_up(machine, cluster)
             say(f"the backup in {backup} is verified")
@@ -386,6 +405,9 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             cluster = look(machine, name, spec["network"]["name"])
         if cluster.state == "absent":
             create(machine, spec)
+            changed = True
+        elif any(one["key"] == "image" for one in found):
+            swap_node(machine, spec, cluster)
             changed = True
         else:
             changed = heal(machine, cluster)
@@ -401,13 +423,12 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         return {"cluster": _settle(machine, spec, cluster)}
 
 
-def _fixed_differences(
+def _differences(
     machine: Machine, spec: Mapping[str, Any], cluster: Cluster
 ) -> list[dict[str, Any]]:
     if cluster.state == "absent":
         return []
-    live = live_facts(machine, cluster, [])
-    return [one for one in differences(machine, spec, cluster, live) if one["fixed"]]
+    return differences(machine, spec, cluster, live_facts(machine, cluster, []))
 
 
 def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Result:
@@ -440,7 +461,7 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     }
     if any(record.get(key) != value for key, value in changes.items()):
         write_record(machine, name, **changes)
-    version = live["k3s_version"] or _asked_version(machine, cluster)
+    version = live["k3s_version"] or asked_version(machine, cluster)
     return {
         "name": name,
         "identity": identity,
@@ -454,23 +475,18 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     }
 
 
-def _asked_version(machine: Machine, cluster: Cluster) -> str | None:
-    argv = ["docker", "exec", cluster.first.name, "k3s", "--version"]
-    ran = attempt(machine, argv, "asking k3s for its version")
-    found = re.search(r"v\d+\.\d+\.\d+\S*", ran.text)
-    return found.group(0) if found else None
-
-
 def k3d_start(machine: Machine, spec: dict[str, Any]) -> Result:
     """Starts a stopped cluster and waits for its API."""
     name = checked(spec, NAME_SPEC, "k3d start")["name"]
     with cluster_lock(machine, name):
         cluster = present_cluster(machine, name, "starting")
-        started = heal(machine, cluster)
         applied = read_record(machine, name).get("applied") or {}
         seconds = applied.get("api_wait_seconds", 1800)
         network = {"name": network_of(cluster.nodes)}
         wanted = {"name": name, "api_wait_seconds": seconds, "network": network}
+        continue_swap(machine, wanted)
+        cluster = present_cluster(machine, name, "starting")
+        started = heal(machine, cluster)
         wait_ready(machine, wanted, look(machine, name) if started else cluster)
     return {"started": started}
 

@@ -7,6 +7,7 @@ import fcntl
 import grp
 import hashlib
 import http.client
+import json
 import os
 import pwd
 import re
@@ -243,6 +244,23 @@ class Machine:
             if not (isinstance(failure, OSError) and os.path.isdir(path)):
                 raise
 
+    def rename(self, path: str, to: str) -> None:
+        """Gives a file or directory another name in one step. Raises OSError, also for a directory
+        that is there and not empty."""
+        os.rename(path, to)
+        for directory in {os.path.dirname(path), os.path.dirname(to)}:
+            held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(held)
+            finally:
+                os.close(held)
+
+    def is_empty(self, path: str) -> bool:
+        """Whether there is no such directory, or nothing in it."""
+        with contextlib.suppress(FileNotFoundError):
+            return not os.listdir(path)
+        return True
+
     def exists(self, path: str) -> bool:
         return self.stat(path) is not None
 
@@ -434,6 +452,18 @@ class Machine:
                 return None
         except OSError as error:
             return str(error)
+
+    def post(self, socket_path: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        """Asks a service that listens on a socket file, in JSON. Returns status and answer; raises
+        OSError."""
+        with contextlib.closing(http.client.HTTPConnection("localhost", timeout=300)) as service:
+            service.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            service.sock.settimeout(300)
+            service.sock.connect(socket_path)
+            headers = {"Content-Type": "application/json"}
+            service.request("POST", path, json.dumps(body), headers)
+            answer = service.getresponse()
+            return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
 
     def served(self, address: str, port: int) -> Served | None:
         """What a TLS server shows of itself, trusted or not: one whose certificate has expired is

@@ -1,9 +1,7 @@
-"""A k3d cluster: its network and node image by the docker provider, the cluster itself by hostctl
-on the host.
-"""
+"""A k3d cluster: its network by the docker provider, the cluster itself by hostctl on the host."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Any
 
@@ -18,7 +16,7 @@ from components.host import Connection, Host, HostError, result
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
 # wait for the API.
 _SLACK_SECONDS = 900
-# The ceiling of a recreate's backup; it reports its progress.
+# The ceiling of the backup before a recreate or a node swap; it reports its progress.
 _BACKUP_SECONDS = 24 * 3600
 
 
@@ -37,6 +35,8 @@ class LiveCluster:
     generation: int
     incarnation: str
     certificate_generation: int
+    image_files: list[dict[str, str]] = field(default_factory=list)
+    """Path and digest of each of ``homelab:cluster.imageFiles``."""
     acceptance_generation: int = 1
     acceptance: dict[str, str] | None = None
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -70,12 +70,20 @@ class LiveCluster:
             kubeconfig=_rotated_kubeconfig(cluster, connection, seen),
         )
         live.refuse_fixed_differences(cluster)
+        if cluster.image_files:
+            seen = connection.read(["images", "digest"], {"files": list(cluster.image_files)})
+            live = replace(live, image_files=seen["files"])
         return live
 
     @property
     def anew(self) -> bool:
         """Whether up makes the cluster: it is absent, or a confirmed recreate is left to do."""
         return self.state == "absent" or any(one["fixed"] for one in self.differences)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether up swaps the node for one of another image, or finishes that."""
+        return any(one["key"] in ("image", "swap") for one in self.differences)
 
     def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
@@ -93,6 +101,7 @@ class LiveCluster:
         lines = [
             f"  homelab:cluster.{difference['key']}: declared {difference['declared']},"
             f" live {difference['live']}"
+            + (f"; {difference['why']}" if "why" in difference else "")
             for difference in fixed
         ]
         raise HostError(
@@ -147,7 +156,9 @@ def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
         },
         "resolvers": list(cluster.resolvers),
         "storage_dir": cluster.storage_dir,
+        "datastore_dir": cluster.datastore_dir,
         "network": {"name": cluster.network.name, "subnet": cluster.network.subnet},
+        "secrets_encryption": cluster.secrets_encryption,
         "k3s_args": list(cluster.k3s_args),
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
@@ -206,10 +217,8 @@ class K3dCluster(pulumi.ComponentResource):
         deletable = cluster.delete == cluster.name
         docker_options = pulumi.ResourceOptions(parent=self, provider=args.docker)
 
-        image = docker.RemoteImage(
-            "node-image", name=cluster.image, keep_locally=True, opts=docker_options
-        )
-        needs: list[pulumi.Resource] = [image, *args.host.tools]
+        # No RemoteImage: it is replaced with each image, and hostctl pulls before it stops a node.
+        needs: list[pulumi.Resource] = [*args.host.tools]
         if cluster.servers == 1:
             # k3d gives nodes fixed addresses only on a network of its own making, which etcd needs:
             # with more servers it makes it.
@@ -227,7 +236,7 @@ class K3dCluster(pulumi.ComponentResource):
             )
 
         seconds = 2 * cluster.api_wait_seconds + _SLACK_SECONDS
-        if cluster.recreate:
+        if cluster.recreate or args.live.swaps:
             seconds += _BACKUP_SECONDS
         wait = f"{seconds}s"
         ensure = args.host.command(
@@ -255,6 +264,18 @@ class K3dCluster(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
         )
 
+        if args.live.image_files:
+            args.host.command(
+                "images",
+                ["images", "import"],
+                {
+                    "cluster": cluster.name,
+                    "files": args.live.image_files,
+                    "incarnation": args.live.incarnation,
+                    "image": cluster.image,
+                },
+                opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
+            )
         accept = args.host.command(
             "acceptance",
             ["k3d", "accept"],
@@ -286,7 +307,7 @@ class K3dCluster(pulumi.ComponentResource):
             endpoint=server_url(cluster),
             context=f"k3d-{cluster.name}",
             kubeconfigPath=cluster.kubeconfig.path,
-            storageClass="local-path",
+            storageClass=cluster.storage_class.name,
             k3sVersion=result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
         ).apply(lambda seen: homelab.Cluster(**seen))
         self.register_outputs({"output": self.output})

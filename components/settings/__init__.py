@@ -15,6 +15,7 @@ from components.settings.cluster import (
     KubeconfigFile,
     Network,
     PublishedPort,
+    StorageClass,
 )
 from components.settings.config import load
 from components.settings.host import Host, K3d
@@ -74,6 +75,7 @@ __all__ = [
     "SecretType",
     "Settings",
     "SettingsError",
+    "StorageClass",
     "Tailscale",
     "Tunnel",
     "VolumeBackup",

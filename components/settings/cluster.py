@@ -48,6 +48,7 @@ _SHARED = frozenset(
 )
 _OWN_SETTING = {
     "--disable": "homelab:cluster.disable",
+    "--secrets-encryption": "homelab:cluster.secretsEncryption",
     "--resolv-conf": "homelab:cluster.resolvers",
     "--https-listen-port": "homelab:cluster.api.port",
     "--bind-address": "homelab:cluster.api.bind",
@@ -151,6 +152,26 @@ StorageDir = Annotated[
         _usable_for_storage,
     ),
 ]
+DatastoreDir = Annotated[
+    str,
+    Text(
+        "an absolute path of a directory for the datastore alone, beside storageDir, not one of "
+        "the system's such as /, /etc or /var/lib",
+        "leave it out, or name a directory on a disk that is neither slow nor shared",
+        "/mnt/img_pool/k3d/storage-server",
+        r"<storageDir>-server|(?:/[A-Za-z0-9_@+=,.-]+)+",
+        lambda path: path.startswith("<") or _usable_for_storage(path),
+    ),
+]
+StorageClassName = Annotated[
+    str,
+    Text(
+        "the name of a StorageClass other than local-path, which k3s writes itself",
+        "choose a name of lower-case letters, digits and hyphens",
+        "local-retain",
+        r"(?!local-path$)[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?",
+    ),
+]
 K3sArgument = Annotated[
     str,
     Text(
@@ -232,6 +253,21 @@ class PublishedPort(Model):
     protocol: Literal["tcp", "udp"] = Field(default="tcp", description="Transport protocol.")
 
 
+class StorageClass(Model):
+    """The class of volumes in storageDir that a cluster made anew finds again."""
+
+    name: StorageClassName = Field(
+        default="local-retain",
+        description="Name of the StorageClass. Each volume is the directory"
+        " <storageDir>/<namespace>/<claim>, and stays when its claim is deleted.",
+    )
+    default: bool = Field(
+        default=True,
+        description="Whether claims that name no class get this one. k3s marks its own, local-path,"
+        " as default at each start; of several defaults Kubernetes takes the newest.",
+    )
+
+
 class KubeconfigFile(Model):
     """The kubeconfig on the host: a secret, written atomically."""
 
@@ -273,7 +309,15 @@ class Cluster(Model):
         default="factory",
         description="Name of the cluster and prefix of its node containers. Fixed at creation.",
     )
-    image: Image = Field(description="Node image, pinned. Fixed at creation.")
+    image: Image = Field(
+        description="Node image, pinned. Of a cluster of one node a newer release of k3s, one minor"
+        " version at a time, is swapped in (docs/upgrade.md); otherwise fixed at creation."
+    )
+    image_files: list[AbsolutePath] = Field(
+        default=[],
+        description="Archives of images on the host (docker save), imported into every node; for"
+        " hosts without a registry.",
+    )
     servers: Annotated[
         int,
         Number(
@@ -303,6 +347,20 @@ class Cluster(Model):
         default="/mnt/img_pool/k3d/storage",
         description="Directory of the host that holds the volumes of storage class local-path. "
         "Fixed at creation.",
+    )
+    datastore_dir: DatastoreDir = Field(
+        default="<storageDir>-server",
+        validate_default=True,
+        description="Directory of the host, of root alone, that holds each server's datastore and "
+        "certificates; <storageDir> is the directory of the volumes. Fixed at creation; a cluster "
+        "that was made without it gets it with the next node image.",
+    )
+    storage_class: StorageClass = Field(
+        default=StorageClass(), description="The StorageClass that the stack declares."
+    )
+    secrets_encryption: bool = Field(
+        default=False,
+        description="Whether k3s encrypts Secrets in its datastore. Fixed at creation.",
     )
     network: Network = Field(
         default=Network(),
@@ -349,8 +407,22 @@ class Cluster(Model):
         name = network.name.replace("<name>", info.data.get("name", "example"))
         return network.model_copy(update={"name": name})
 
+    @field_validator("datastore_dir")
+    @classmethod
+    def _name_datastore(cls, path: str, info: ValidationInfo) -> str:
+        return path.replace("<storageDir>", info.data.get("storage_dir", "/example"))
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong across the fields."""
+        storage, datastore = f"{self.storage_dir}/", f"{self.datastore_dir}/"
+        if storage.startswith(datastore) or datastore.startswith(storage):
+            yield Problem(
+                ("cluster", "datastoreDir"),
+                self.datastore_dir,
+                "a directory that is neither inside storageDir nor around it",
+                f"leave it out, then it is {self.storage_dir}-server",
+                involves=[("cluster", "storageDir")],
+            )
         yield from self._api_problems()
         yield from self._resolver_problems()
         yield from self._port_problems()

@@ -48,8 +48,7 @@ MUTANTS = {
         "            if False:\n",
     ),
     "a-failed-create-is-rolled-back": Mutant(
-        "test_incident_02_a_create_that_is_killed_is_continued_and_never_rolled_back"
-        "[container start-dockerd]",
+        "test_incident_02_a_create_that_fails_is_kept_and_continued",
         '"--config", config, "--no-rollback"]',
         '"--config", config]',
     ),
@@ -61,7 +60,7 @@ MUTANTS = {
     ),
     "k3d-does-not-keep-the-lock": Mutant(
         "test_incident_02_a_create_that_is_killed_is_continued_and_never_rolled_back"
-        "[container create-hostctl]",
+        "[volume create-hostctl]",
         "pass_fds=self._locks",
         "pass_fds=()",
     ),
@@ -133,8 +132,8 @@ MUTANTS = {
     ),
     "no-look-at-the-room": Mutant(
         "test_incident_11_a_full_disk_refuses_a_recreate_and_harms_nothing",
-        "    if free < needed:\n",
-        "    if False:\n",
+        "    free = machine.free_bytes(target)\n",
+        "    free = needed\n",
     ),
     "a-seed-is-applied": Mutant(
         "test_incident_08_a_secret_that_the_cluster_rotated_is_not_written_again",

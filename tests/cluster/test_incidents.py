@@ -8,6 +8,7 @@ Time is scaled: a server counts as stalled after 8 s instead of 3 min, and repor
 """
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Host
+from tests.cluster.engine import Engine
+from tests.cluster.host import Host
 
 pytestmark = pytest.mark.cluster
 
@@ -83,6 +85,18 @@ def factory(host: Host, spec: dict[str, Any], network: str) -> Factory:
     return Factory(host, spec)
 
 
+@contextlib.contextmanager
+def squatting(engine: Engine) -> Iterator[None]:
+    """Something else listens on the API's port."""
+    script = "import socket,time;s=socket.create_server(('127.0.0.1',6443));time.sleep(600)"
+    squatter = engine.popen(["python3", "-c", script])
+    try:
+        yield
+    finally:
+        squatter.kill()
+        squatter.wait()
+
+
 # 1: a reboot
 
 
@@ -117,15 +131,10 @@ def test_incident_01_a_node_whose_port_is_taken_is_named_and_healed(
     factory = Factory(host, spec)
     engine = host.engine
     engine.docker("stop", NODE)
-    script = "import socket,time;s=socket.create_server(('127.0.0.1',6443));time.sleep(600)"
-    squatter = engine.popen(["python3", "-c", script])
-    try:
+    with squatting(engine):
         error = factory.refused("ensure")
         assert error["step"] == f"starting {NODE}"
         assert "6443" in error["cause"]
-    finally:
-        squatter.kill()
-        squatter.wait()
     factory.assert_kept()
 
 
@@ -167,6 +176,22 @@ def test_incident_02_a_create_that_is_killed_is_continued_and_never_rolled_back(
     if step.startswith("container"):
         assert engine.docker("inspect", "--format", "{{.Id}}", NODE) == seen
     assert host.done("k3d", "ensure", spec=spec)["cluster"] == cluster
+
+
+def test_incident_02_a_create_that_fails_is_kept_and_continued(
+    host: Host, spec: dict[str, Any], network: str
+):
+    """Something takes the API's port while k3d is at work; k3d by itself would take all back."""
+    engine = host.engine
+    host.scale(STALL_SECONDS=8, PROGRESS_SECONDS=1)
+    with engine.events() as events, host.begin("k3d", "ensure", spec=spec) as ensuring:
+        events.until("volume create")
+        with squatting(engine):
+            made = events.until("container create")
+            error = ensuring.result()["error"]
+    assert error["step"] == "creating cluster factory"
+    assert host.done("k3d", "ensure", spec=spec)["cluster"]["nodes"] == [NODE]
+    assert engine.docker("inspect", "--format", "{{.Id}}", NODE) == made
 
 
 def test_incident_02_two_ensures_at_once_make_one_cluster(

@@ -116,7 +116,7 @@ def replaced_with_the_cluster(p510: P510) -> set[str]:
         for resource in p510.resources()
         if resource["type"].startswith("kubernetes:")
     }
-    assert len(anew) == 42
+    assert len(anew) == 43
     return HEALED | {f"{op} {name}" for op in REPLACEMENT for name in anew}
 
 
@@ -130,6 +130,9 @@ def bereft(p510, request) -> P510:
     """p510 whose cluster was deleted behind Pulumi's back, and perhaps made anew."""
     p510.on_host("k3d", "cluster", "delete", "factory")
     if request.param == "made anew":
+        # k3s opens no datastore of another cluster: whoever makes one by hand moves it away.
+        data = p510.host_file("/mnt/img_pool/k3d/storage-server/server-0")
+        data.rename(data.with_name("server-0.old"))
         config = "--config=/var/lib/homelab/clusters/factory/k3d.yaml"
         kubeconfig = ("--kubeconfig-update-default=false", "--kubeconfig-switch-context=false")
         p510.on_host("k3d", "cluster", "create", config, "--no-rollback", *kubeconfig)
@@ -150,15 +153,15 @@ def test_a_lost_cluster_is_listed_with_all_it_held_and_one_up_restores_it(bereft
 def test_a_confirmed_recreate_lists_all_it_replaces_and_makes_a_backup_first(p510):
     """Incident 10."""
     with p510.edited() as settings:
-        settings["cluster"]["image"] = "rancher/k3s:v1.32.3-k3s1"
+        # Two minor versions on: no swap of the node leads there.
+        settings["cluster"]["image"] = "rancher/k3s:v1.33.1-k3s1"
         settings["cluster"]["recreate"] = "factory"
     before, identity = objects(p510), p510.objects.name
     expected = replaced_with_the_cluster(p510)
-    expected |= {f"{op} RemoteImage node-image" for op in REPLACEMENT}
     preview = p510.preview()
     assert planned(preview) == expected
     assert (
-        "image is rancher/k3s:v1.31.5-k3s1, declared rancher/k3s:v1.32.3-k3s1: up backs the cluster"
+        "image is rancher/k3s:v1.31.5-k3s1, declared rancher/k3s:v1.33.1-k3s1: up backs the cluster"
         " up, deletes it and makes it anew" in preview.stdout
     )
     p510.up()

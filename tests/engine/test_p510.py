@@ -78,7 +78,7 @@ def test_the_outputs_are_the_contract(brought_up):
             "endpoint": "https://127.0.0.1:6443",
             "context": "k3d-factory",
             "kubeconfigPath": "/etc/k3d/kubeconfig",
-            "storageClass": "local-path",
+            "storageClass": "local-retain",
             "k3sVersion": "v1.31.5+k3s1",
         },
         "acceptance": {"state": "passed", "detail": "a pod resolves registry-1.docker.io"},

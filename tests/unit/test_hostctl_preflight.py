@@ -73,7 +73,7 @@ def test_everything_that_is_wrong_is_found_at_once_worst_first(host: Host) -> No
         {"host_port": 80, "container_port": 80, "bind": "100.64.0.1", "protocol": "tcp"},
     ]
     findings = host("k3d doctor", SPEC | {"ports": ports})["findings"]
-    assert [one["severity"] for one in findings] == ["error"] * 4 + ["warning"] * 6
+    assert [one["severity"] for one in findings] == ["error"] * 4 + ["warning"] * 8
     said = "\n".join(one["what"] for one in findings)
     for what in (
         "k3d is not on PATH",
@@ -84,7 +84,9 @@ def test_everything_that_is_wrong_is_found_at_once_worst_first(host: Host) -> No
         "net.ipv4.ip_forward is 0",
         "/var/lib/docker has 1.00 GiB left for images",
         "storage is on tmpfs: it is lost at the next boot",
+        "storage-server is on tmpfs: it is lost at the next boot",
         "storage has 1.00 GiB left for what is kept there",
+        "storage-server has 1.00 GiB left for what is kept there",
         "no interface has 100.64.0.1; creating and starting wait for it",
     ):
         assert what in said
@@ -211,12 +213,12 @@ def test_several_nodes_need_more_watches(host: Host, agents: int, severities: li
         ("overlay", True, "warning"),
     ],
 )
-def test_volumes_need_a_local_file_system_with_owners(
+def test_volumes_and_datastore_need_a_local_file_system_with_owners(
     host: Host, kind: str, writable: bool, severity: str | None
 ) -> None:
     host.machine.set("file-system.json", [kind, writable])
     findings = [one for one in host("k3d doctor", SPEC)["findings"] if kind in one["what"]]
-    assert [one["severity"] for one in findings] == ([severity] if severity else [])
+    assert [one["severity"] for one in findings] == ([severity] * 2 if severity else [])
 
 
 def test_without_flannel_the_plugins_that_a_node_lacks_are_named(host: Host) -> None:

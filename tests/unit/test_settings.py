@@ -305,6 +305,8 @@ CLUSTERS = st.fixed_dictionaries(
         ),
         "resolvers": st.lists(st.ip_addresses().map(str), min_size=1, max_size=3),
         "storageDir": leaves("cluster.storage_dir", "/mnt/a@b,c=d+e"),
+        "datastoreDir": leaves("cluster.datastore_dir", "/mnt/a", "<storageDir>-server"),
+        "secretsEncryption": st.booleans(),
         "network": some(
             name=leaves("cluster.network.name"),
             subnet=st.sampled_from(["10.0.0.0/16", "172.30.0.0/16", "192.168.7.0/24"]),
