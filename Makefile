@@ -2,6 +2,7 @@
 PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
+MUTANTS ?=
 setup = $(PYTHON) -m setup
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
 cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
@@ -10,7 +11,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet bench format
+.PHONY: help setup rehearse test check fleet mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,6 +35,9 @@ check: setup ## lint, format, types, import rule, schema, collisions of stacks; 
 
 fleet: setup ## whether two stacks want the same address, port, directory, hostname or name
 	@.venv/bin/python -m components.settings
+
+mutants: ## show that each incident's test fails without its safeguard; one: MUTANTS=no-lock
+	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)
 
 bench: ## the benchmarks
 	@$(setup) -- .venv/bin/python -m bench

@@ -37,7 +37,7 @@ if stack.tailscale:
 for warning in stack.warnings:
     pulumi.log.warn(warning)
 
-host = Host(pulumi.get_stack(), connection)
+host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
@@ -68,6 +68,7 @@ if stack.tailscale and stack.tailscale.operator:
 
 homelab.export(
     cluster=declared.output,
+    acceptance=declared.acceptance,
     kubeconfig=declared.kubeconfig,
     namespaces=namespaces.names,
     ingress=ingress and ingress.address,

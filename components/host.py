@@ -162,12 +162,20 @@ class Host(pulumi.ComponentResource):
     """
 
     hostctl: local.Command
+    tools: list[pulumi.Resource]
+    """What installs the tools that the settings let the stack install: before the cluster."""
 
     def __init__(
-        self, name: str, connection: Connection, opts: pulumi.ResourceOptions | None = None
+        self,
+        name: str,
+        connection: Connection,
+        opts: pulumi.ResourceOptions | None = None,
+        *,
+        k3d: settings.K3d | None = None,
     ) -> None:
         super().__init__("homelab:index:Host", name, None, opts)
         self.connection = connection
+        self.tools = []
         install = connection.install_line()
         self.hostctl = local.Command(
             "hostctl",
@@ -178,6 +186,10 @@ class Host(pulumi.ComponentResource):
             add_previous_output_in_env=False,
             opts=pulumi.ResourceOptions(parent=self),
         )
+        if k3d and k3d.install:
+            release = {"version": k3d.version, "sha256": k3d.sha256, "url": k3d.url}
+            child = pulumi.ResourceOptions(parent=self)
+            self.tools.append(self.command("k3d", ["install", "k3d"], release, opts=child))
         self.register_outputs({})
 
     def command(

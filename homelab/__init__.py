@@ -31,6 +31,15 @@ class Cluster(TypedDict):
     k3sVersion: str
 
 
+class Acceptance(TypedDict):
+    """`acceptance`: ``state`` is passed, failed or cannot-tell: whether the cluster, after its last
+    change, answered through its published port and resolved an external name from a pod.
+    """
+
+    state: str
+    detail: str
+
+
 class ArgoCD(TypedDict):
     """`argocd`: what ArgoCD was bootstrapped from; ``commit`` is None while nothing was applied
     yet.
@@ -72,6 +81,11 @@ class Platform:
     @property
     def cluster(self) -> pulumi.Output[Cluster]:
         return self._read("cluster")
+
+    @property
+    def acceptance(self) -> pulumi.Output[Acceptance | None]:
+        """None for a stack that was brought up before this output was added."""
+        return self._read("acceptance", optional=True)
 
     @property
     def kubeconfig(self) -> pulumi.Output[str]:
@@ -147,6 +161,7 @@ class Platform:
 def export(
     *,
     cluster: pulumi.Input[Cluster],
+    acceptance: pulumi.Input[Acceptance] | None,
     kubeconfig: pulumi.Input[str],
     namespaces: pulumi.Input[list[str]],
     argocd: pulumi.Input[ArgoCD] | None,
@@ -157,6 +172,7 @@ def export(
     """Exports a stack's outputs under the names that :class:`Platform` reads."""
     pulumi.export("version", CONTRACT_VERSION)
     pulumi.export("cluster", cluster)
+    pulumi.export("acceptance", acceptance)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
     pulumi.export("namespaces", namespaces)
     pulumi.export("ingress", ingress)

@@ -11,12 +11,16 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+from hostctl.acceptance import k3d_accept
 from hostctl.argocd import argocd_apply, argocd_resolve
+from hostctl.backups import backup_list, backup_recover, backup_run
+from hostctl.clean import clean
 from hostctl.existing import cluster_inspect, metallb_wait
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
+from hostctl.images import images_digest, images_import
+from hostctl.install import install_k3d
 from hostctl.k3d import (
     k3d_delete,
-    k3d_doctor,
     k3d_ensure,
     k3d_identity,
     k3d_inspect,
@@ -25,18 +29,23 @@ from hostctl.k3d import (
     k3d_stop,
 )
 from hostctl.machine import Machine
+from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
-from hostctl.record import read_record
+from hostctl.record import next_generation, read_record
 from hostctl.spec import NAME_SPEC, checked
+from hostctl.swap import k3d_retry
+from hostctl.units import units_install, units_remove, units_status
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
 
 
 class Verb(NamedTuple):
-    """A verb: what runs, an example of its spec, and how the record gives the spec of a NAME."""
+    """A verb: what runs, an example of its spec, how the record gives the spec of a NAME, and
+    whether it runs without a spec, too."""
 
     run: Callable[[Machine, dict[str, Any]], Result]
     example: Mapping[str, Any]
     recorded: Callable[[Machine, str], dict[str, Any]] | None = None
+    bare: bool = False
 
 
 def _recorded_cluster(machine: Machine, name: str) -> dict[str, Any]:
@@ -52,6 +61,25 @@ def _recorded_kubeconfig(machine: Machine, name: str) -> dict[str, Any]:
         raise _nothing_recorded(name, "a kubeconfig")
     keys = ("path", "owner", "group", "mode", "directory_mode", "server")
     return {"cluster": name, **{key: written[key] for key in keys}}
+
+
+def _recorded_acceptance(machine: Machine, name: str) -> dict[str, Any]:
+    last = read_record(machine, name).get("acceptance") or {}
+    # What the stack holds of one that did not pass must not stand when this one does.
+    generation = next_generation(last, last.get("state") == "passed")
+    return {"name": name, "acceptance": last.get("asked", {}), "generation": generation}
+
+
+def _recorded_units(machine: Machine, name: str) -> dict[str, Any]:
+    units = read_record(machine, name).get("units")
+    if not units:
+        raise _nothing_recorded(name, "units of cluster")
+    return units["spec"]
+
+
+def _recorded_backup(machine: Machine, name: str) -> dict[str, Any]:
+    spec = _recorded_units(machine, name)
+    return {key: spec[key] for key in ("cluster", "keep", "items")}
 
 
 def _nothing_recorded(name: str, what: str) -> Failure:
@@ -72,13 +100,50 @@ _CLUSTER_EXAMPLE = {
     "api": {"bind": "127.0.0.1", "port": 6443},
     "resolvers": ["1.1.1.1", "9.9.9.9"],
     "storage_dir": "/mnt/img_pool/k3d/storage",
+    "datastore_dir": "/mnt/img_pool/k3d/storage-server",
+    "secrets_encryption": False,
     "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
     "k3s_args": [],
     "ports": [],
     "api_wait_seconds": 1800,
 }
+_ARCHIVE_EXAMPLE = "/var/lib/homelab/images/airgap.tar"
 _KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
 _REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
+
+
+_ITEM_EXAMPLES = [
+    {
+        "name": "keycloak",
+        "kind": "volume",
+        "namespace": "factory",
+        "claim": "keycloak-data",
+        "scale_down": "deployment/keycloak",
+        "stale_after_hours": 48,
+    },
+    {
+        "name": "skillai",
+        "kind": "postgres",
+        "namespace": "factory",
+        "workload": "statefulset/skillai-db",
+        "container": None,
+        "database": "skillai",
+        "user": "skillai",
+        "stale_after_hours": None,
+    },
+]
+_UNITS_EXAMPLE = {
+    "cluster": "factory",
+    "hostctl": "/var/lib/homelab/hostctl",
+    "init": "auto",
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "start_seconds": 2700,
+    "clean": "weekly",
+    "backup": "daily",
+    "keep": 14,
+    "items": _ITEM_EXAMPLES,
+    "generation": 0,
+}
 
 
 def _by_name(machine: Machine, name: str) -> dict[str, Any]:
@@ -95,10 +160,37 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "start"): Verb(k3d_start, {"name": "factory"}, _by_name),
     ("k3d", "stop"): Verb(k3d_stop, {"name": "factory"}, _by_name),
     ("k3d", "delete"): Verb(k3d_delete, {"name": "factory", "confirm": "factory"}, _by_name),
-    ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster),
+    ("k3d", "retry"): Verb(k3d_retry, {"name": "factory"}, _by_name),
+    ("k3d", "doctor"): Verb(k3d_doctor, _CLUSTER_EXAMPLE, _recorded_cluster, bare=True),
+    ("k3d", "accept"): Verb(
+        k3d_accept,
+        {
+            "name": "factory",
+            "acceptance": {
+                "name": "registry-1.docker.io",
+                "image": "rancher/mirrored-library-busybox:1.36.1",
+                "required": False,
+            },
+            "generation": 1,
+        },
+        _recorded_acceptance,
+    ),
     ("k3d", "identity"): Verb(k3d_identity, {"name": "factory"}, _by_name),
     ("k3d", "kubeconfig"): Verb(
         k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
+    ),
+    ("images", "digest"): Verb(images_digest, {"files": [_ARCHIVE_EXAMPLE]}),
+    ("images", "import"): Verb(
+        images_import,
+        {
+            "cluster": "factory",
+            "files": [{"path": _ARCHIVE_EXAMPLE, "sha256": "(64 hex digits)"}],
+            "incarnation": "0a1b2c3d-1",
+            "image": "rancher/k3s:v1.31.5-k3s1",
+        },
+    ),
+    ("install", "k3d"): Verb(
+        install_k3d, {"version": None, "sha256": None, "url": None}, bare=True
     ),
     ("kubeconfig",): Verb(
         kubeconfig,
@@ -204,6 +296,19 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "name": "cloudflared",
         },
     ),
+    ("units", "install"): Verb(units_install, _UNITS_EXAMPLE, _recorded_units),
+    ("units", "status"): Verb(units_status, _UNITS_EXAMPLE, _recorded_units),
+    ("units", "remove"): Verb(
+        units_remove, {"cluster": "factory"}, lambda machine, name: {"cluster": name}
+    ),
+    ("clean",): Verb(clean, {"name": "factory", "dry_run": True}, _by_name),
+    ("backup", "run"): Verb(
+        backup_run,
+        {"cluster": "factory", "keep": 14, "items": _ITEM_EXAMPLES},
+        _recorded_backup,
+    ),
+    ("backup", "list"): Verb(backup_list, {"name": "factory"}, _by_name),
+    ("backup", "recover"): Verb(backup_recover, {"name": "factory"}, _by_name),
 }
 
 
@@ -249,7 +354,8 @@ def _parser() -> argparse.ArgumentParser:
                 f"or, as recorded on this host:\n  hostctl {text} factory\n"
                 if verb.recorded
                 else ""
-            ),
+            )
+            + (f"or, without a spec:\n  hostctl {text}\n" if verb.bare else ""),
         )
         one.set_defaults(words=words)
         if verb.recorded:
@@ -260,6 +366,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if words == ("k3d", "delete"):
             one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
+        if words == ("clean",):
+            one.add_argument("--dry-run", action="store_true", help="show what it would remove")
     return parser
 
 
@@ -271,20 +379,26 @@ def _spec(
     machine: Machine, verb: Verb, options: argparse.Namespace, stdin: TextIO
 ) -> dict[str, Any]:
     name = getattr(options, "name", None)
+    flags = {key: getattr(options, key, None) for key in ("confirm", "dry_run")}
+    flags = {key: value for key, value in flags.items() if value}
     step = f"reading the spec of {' '.join(options.words)}"
     if name is not None:
         assert verb.recorded
         spec = verb.recorded(
             machine, checked({"name": name}, NAME_SPEC, "a cluster's name")["name"]
         )
-        confirm = getattr(options, "confirm", None)
-        return {**spec, "confirm": confirm} if confirm else spec
+        return {**spec, **flags}
     try:
-        text = machine.read(options.spec).decode() if options.spec else stdin.read()
+        if options.spec:
+            text = machine.read(options.spec).decode()
+        else:
+            text = "" if verb.bare and stdin.isatty() else stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(
             "bad-spec", step, f"{options.spec}: {error}", "give a readable file"
         ) from None
+    if verb.bare and not text.strip():
+        return {}
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError):
@@ -293,7 +407,7 @@ def _spec(
         raise Failure("bad-spec", step, "it is not JSON", remedy) from None
     if not isinstance(spec, dict):
         raise Failure("bad-spec", step, "it is not a JSON object", "give an object")
-    return spec
+    return {**spec, **flags}
 
 
 def main(

@@ -18,6 +18,7 @@ from hostctl.record import read_record
 from hostctl.tools import attempt, run_tool, tool_remedy
 
 KUBECONFIG_IN_NODE = "/output/kubeconfig.yaml"
+SWAP_LABEL = "homelab.swap"
 
 
 class Node(NamedTuple):
@@ -92,13 +93,14 @@ def look(machine: Machine, name: str, network: str | None = None) -> Cluster:
     found = node_containers(machine, name)
     refuse_foreign(name, found)
     nodes = sorted((_node(facts) for facts in found), key=_start_order)
-    nodes = [node for node in nodes if node.role != "helper"]
+    swap = read_record(machine, name).get("swap") or {}
+    nodes = _without_swapped([node for node in nodes if node.role != "helper"], swap)
     attached = network_of(nodes) or network or f"k3d-{name}"
     cluster = Cluster(name, "absent", "", nodes, find_network(machine, attached))
     if not nodes:
         _refuse_remains(machine, cluster, found)
         return cluster
-    _refuse_partial(cluster, attached)
+    _refuse_partial(cluster, attached, swap.get("old"))
     down = [node.name for node in nodes if not node.running]
     if down:
         return cluster._replace(state="stopped", detail=f"not running: {', '.join(down)}")
@@ -132,6 +134,16 @@ def _is_node_name(cluster: str, container: str) -> bool:
     return bool(
         re.fullmatch(rf"k3d-{re.escape(cluster)}-(server-\d+|agent-\d+|serverlb|tools)", container)
     )
+
+
+def container_facts(machine: Machine, container: str, step: str) -> dict[str, Any] | None:
+    """A container as `docker inspect` shows it; None when there is none of that name or id."""
+    seen = attempt(machine, ["docker", "inspect", "--type", "container", container], step)
+    if seen.code == 0:
+        return parse_json(seen.out, step)[0]
+    if "No such" in seen.complaint:
+        return None
+    raise Failure("cannot-tell", step, seen.complaint, tool_remedy("docker", seen))
 
 
 def parse_json(content: bytes, step: str) -> Any:
@@ -249,10 +261,22 @@ def _begun(machine: Machine, name: str) -> bool:
     return bool(read_record(machine, name).get("creating"))
 
 
-def _refuse_partial(cluster: Cluster, network: str) -> None:
+def _without_swapped(nodes: list[Node], swap: Mapping[str, Any]) -> list[Node]:
+    """The nodes of a cluster without the other one of a swap: the old node, which is kept, renamed,
+    until the new one is verified; or the new one, as long as it was never started."""
+    new = [
+        node for node in nodes if node.name == swap.get("node") and node.facts["Id"] != swap["old"]
+    ]
+    if new and swap["started"]:
+        return [node for node in nodes if node.facts["Id"] != swap["old"]]
+    return [node for node in nodes if node not in new]
+
+
+def _refuse_partial(cluster: Cluster, network: str, swapped: str | None) -> None:
     name = cluster.name
     servers = cluster.of("server")
-    if not servers or servers[0].name != f"k3d-{name}-server-0":
+    first = servers[0] if servers else None
+    if not first or (first.name != f"k3d-{name}-server-0" and first.facts["Id"] != swapped):
         there = ", ".join(node.name for node in cluster.nodes)
         raise partial_failure(
             name,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hostctl.backup import back_up, utc
+from hostctl.certificates import certificate_warnings
 from hostctl.cluster import (
     Cluster,
     find_network,
@@ -24,6 +25,7 @@ from hostctl.cluster import (
 )
 from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
+    DATASTORE_IN_NODE,
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
     differences,
@@ -36,6 +38,7 @@ from hostctl.live import (
     subnet_of,
 )
 from hostctl.machine import STATE_DIRECTORY, Machine, Ran, TookTooLong, ToolMissing
+from hostctl.preflight import create_errors, port_errors, published_ports, refuse_create
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, next_generation, read_record, write_record
 from hostctl.spec import (
@@ -48,12 +51,13 @@ from hostctl.spec import (
     or_null,
     server_url,
 )
-from hostctl.tools import TOOLS, attempt, run_tool, tool_version
+from hostctl.swap import continue_swap, have_image, set_aside, swap_node
+from hostctl.tools import attempt, run_tool, tool_version
 from hostctl.waiting import (
+    asked_version,
     present_cluster,
-    ready,
     restart_container,
-    size_text,
+    stop,
     wait_for_address,
     wait_ready,
 )
@@ -68,22 +72,22 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     a kill goes on with exactly those (see `resume`); nothing is ever rolled back (incident 2).
     """
     name = spec["name"]
-    tool_version(machine, "k3d")
+    refuse_create(name, create_errors(machine, spec))
     _refuse_listed(machine, name)
     _refuse_wrong_network(machine, spec)
-    wait_for_address(machine, spec["api"]["bind"])
-    for bind, port in _published_ports(spec):
-        if not machine.port_is_free(bind, port):
-            raise Failure(
-                "refused",
-                f"creating cluster {name}",
-                f"port {port} on {bind} is in use",
-                f"see by what: ss --listening --tcp --processes 'sport = :{port}'; stop it or "
-                "choose another port",
-            )
+    have_image(machine, spec["image"], f"creating cluster {name}")
+    for bind in dict.fromkeys(bind for bind, _, _ in published_ports(spec)):
+        wait_for_address(machine, bind)
+    # On the addresses that came meanwhile, too.
+    refuse_create(name, list(port_errors(machine, spec)))
     directory = f"{STATE_DIRECTORY}/clusters/{name}"
     machine.make_directory(directory, 0o755)
     machine.make_directory(spec["storage_dir"], 0o755, "root", "root")
+    machine.make_directory(spec["datastore_dir"], 0o700, "root", "root")
+    for number in range(spec["servers"]):
+        data = f"{spec['datastore_dir']}/server-{number}"
+        set_aside(machine, data)
+        machine.make_directory(data, 0o700, "root", "root")
     resolvers = "".join(f"nameserver {address}\n" for address in spec["resolvers"])
     machine.write_atomic(f"{directory}/resolv.conf", resolvers.encode(), 0o644)
     nonce = machine.nonce()
@@ -138,14 +142,6 @@ def _refuse_wrong_network(machine: Machine, spec: Mapping[str, Any]) -> None:
         )
 
 
-def _published_ports(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
-    ports = [(spec["api"]["bind"], spec["api"]["port"])]
-    ports += [
-        (port["bind"], port["host_port"]) for port in spec["ports"] if port["protocol"] == "tcp"
-    ]
-    return ports
-
-
 def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     """The config file of k3d (k3d.io/v1alpha5). One server publishes its own ports: without a load
     balancer there is one thing less that can start too early (incident 1)."""
@@ -160,7 +156,11 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
         {"arg": f"--resolv-conf={RESOLVERS_IN_NODE}", "nodeFilters": nodes},
         *(
             {"arg": argument, "nodeFilters": ["server:*"]}
-            for argument in [f"--disable={part}" for part in spec["disable"]] + spec["k3s_args"]
+            for argument in [
+                *(f"--disable={part}" for part in spec["disable"]),
+                *(["--secrets-encryption"] if spec["secrets_encryption"] else []),
+                *spec["k3s_args"],
+            ]
         ),
     ]
     return {
@@ -176,7 +176,16 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
             else {"subnet": spec["network"]["subnet"]}
         ),
         "kubeAPI": api,
-        "volumes": [{"volume": mount, "nodeFilters": nodes} for mount in mounts],
+        "volumes": [
+            *({"volume": mount, "nodeFilters": nodes} for mount in mounts),
+            *(
+                {
+                    "volume": f"{spec['datastore_dir']}/server-{number}:{DATASTORE_IN_NODE}",
+                    "nodeFilters": [f"server:{number}"],
+                }
+                for number in range(spec["servers"])
+            ),
+        ],
         "ports": [
             {
                 "port": "{bind}:{host_port}:{container_port}/{protocol}".format(**port),
@@ -222,11 +231,12 @@ def resume(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Clust
     begun = read_record(machine, name).get("creating")
     if not begun:
         return cluster
+    # k3d makes one of its own and fails on one that is there.
+    helper = f"k3d-{name}-tools"
+    if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
+        step = f"removing k3d's helper {helper} of a create that was cut off"
+        run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
     if cluster.state == "absent":
-        helper = f"k3d-{name}-tools"
-        if any(facts["Name"].lstrip("/") == helper for facts in node_containers(machine, name)):
-            step = f"removing k3d's helper {helper} of a create that was cut off"
-            run_tool(machine, ["docker", "rm", "--force", helper], step, "failed", timeout=120.0)
         return cluster
     ours = [node for node in cluster.nodes if node.labels.get(CREATE_LABEL) == begun["nonce"]]
     if not ours:
@@ -263,15 +273,6 @@ def heal(machine: Machine, cluster: Cluster) -> bool:
     return bool(down) or not api["published"]
 
 
-def stop(machine: Machine, cluster: Cluster) -> None:
-    """Stops all nodes, those that others need last."""
-    for node in reversed(cluster.nodes):
-        if node.running:
-            say(f"stopping {node.name}")
-            argv = ["docker", "stop", "-t", "60", node.name]
-            run_tool(machine, argv, f"stopping {node.name}", "failed", timeout=300.0)
-
-
 def delete(machine: Machine, name: str) -> None:
     """Deletes a cluster that its caller has confirmed. The storage directory stays."""
     tool_version(machine, "k3d")
@@ -283,7 +284,7 @@ def delete(machine: Machine, name: str) -> None:
         raise Failure(
             "failed", f"deleting cluster {name}", f"{names} is left", f"docker rm --force {names}"
         )
-    write_record(machine, name, creating=None)
+    write_record(machine, name, creating=None, swap=None, swap_failed=None)
 
 
 def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
@@ -300,9 +301,10 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     unseen: list[str] = []
     live: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
+    warnings: list[tuple[str, str]] = []
     credentials, identity, namespaces = None, None, None
     if cluster.state == "absent":
-        tool_version(machine, "k3d")
+        warnings = [(one.what, one.remedy) for one in create_errors(machine, spec)]
         unseen.append("namespaces and objects: the cluster does not exist")
     else:
         live = live_facts(machine, cluster, unseen)
@@ -311,7 +313,11 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
         if credentials:
             identity = identity_of(spec["name"], credentials)
         else:
+            # One that a swap has just started has the datastore, and with it the CA, of the old.
+            identity = (record.get("swap") or {}).get("identity")
             unseen.append("identity: the node has written no kubeconfig yet")
+        aging, warnings = certificate_warnings(machine, cluster, credentials)
+        live.update(aging)
         namespaces = _namespaces(machine, cluster, unseen)
     fixed = [difference for difference in found if difference["fixed"]]
     # A create that was cut off is not what was declared, however it looks.
@@ -333,6 +339,18 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
         "live": live,
         "namespaces": namespaces,
         "unseen": unseen,
+        "warnings": [{"what": what, "remedy": remedy} for what, remedy in warnings],
+        **_acceptance(record),
+    }
+
+
+def _acceptance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The last acceptance, and the generation for the next: it moves on until one is passed."""
+    last = record.get("acceptance")
+    passed = bool(last) and last["state"] == "passed"
+    return {
+        "acceptance": last and {key: last[key] for key in ("state", "detail", "remedy")},
+        "acceptance_generation": next_generation(last or {}, passed),
     }
 
 
@@ -357,9 +375,11 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
     spec = cluster_spec(spec, "k3d ensure")
     name = spec["name"]
     with cluster_lock(machine, name):
+        continue_swap(machine, spec)
         cluster = look(machine, name, spec["network"]["name"])
         cluster = resume(machine, spec, cluster)
-        fixed = _fixed_differences(machine, spec, cluster)
+        found = _differences(machine, spec, cluster)
+        fixed = [one for one in found if one["fixed"]]
         if fixed and not may_recreate(spec, fixed):
             raise Failure(
                 "refused",
@@ -374,6 +394,9 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         if fixed or cluster.state == "absent":
             refuse_docker_resolvers(machine, spec)
         if fixed:
+            # Nothing of the cluster is touched when what takes its place cannot be made.
+            refuse_create(name, create_errors(machine, spec, cluster))
+            have_image(machine, spec["image"], f"recreating cluster {name}")
             stop(machine, cluster)
             backup = back_up(machine, cluster)
             say(f"the backup in {backup} is verified")
@@ -382,6 +405,9 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             cluster = look(machine, name, spec["network"]["name"])
         if cluster.state == "absent":
             create(machine, spec)
+            changed = True
+        elif any(one["key"] == "image" for one in found):
+            swap_node(machine, spec, cluster)
             changed = True
         else:
             changed = heal(machine, cluster)
@@ -397,13 +423,12 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         return {"cluster": _settle(machine, spec, cluster)}
 
 
-def _fixed_differences(
+def _differences(
     machine: Machine, spec: Mapping[str, Any], cluster: Cluster
 ) -> list[dict[str, Any]]:
     if cluster.state == "absent":
         return []
-    live = live_facts(machine, cluster, [])
-    return [one for one in differences(machine, spec, cluster, live) if one["fixed"]]
+    return differences(machine, spec, cluster, live_facts(machine, cluster, []))
 
 
 def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Result:
@@ -423,7 +448,7 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     applied = {
         key: spec[key]
         for key in CLUSTER_SPEC
-        if key not in ("generation", "incarnation", "recreate", "confirm")
+        if key not in ("generation", "incarnation", "recreate", "confirm", "installs_k3d")
     }
     record = read_record(machine, name)
     bootstrapped = record.get("argocd") if record.get("identity") == identity else None
@@ -436,7 +461,7 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     }
     if any(record.get(key) != value for key, value in changes.items()):
         write_record(machine, name, **changes)
-    version = live["k3s_version"] or _asked_version(machine, cluster)
+    version = live["k3s_version"] or asked_version(machine, cluster)
     return {
         "name": name,
         "identity": identity,
@@ -450,23 +475,18 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
     }
 
 
-def _asked_version(machine: Machine, cluster: Cluster) -> str | None:
-    argv = ["docker", "exec", cluster.first.name, "k3s", "--version"]
-    ran = attempt(machine, argv, "asking k3s for its version")
-    found = re.search(r"v\d+\.\d+\.\d+\S*", ran.text)
-    return found.group(0) if found else None
-
-
 def k3d_start(machine: Machine, spec: dict[str, Any]) -> Result:
     """Starts a stopped cluster and waits for its API."""
     name = checked(spec, NAME_SPEC, "k3d start")["name"]
     with cluster_lock(machine, name):
         cluster = present_cluster(machine, name, "starting")
-        started = heal(machine, cluster)
         applied = read_record(machine, name).get("applied") or {}
         seconds = applied.get("api_wait_seconds", 1800)
         network = {"name": network_of(cluster.nodes)}
         wanted = {"name": name, "api_wait_seconds": seconds, "network": network}
+        continue_swap(machine, wanted)
+        cluster = present_cluster(machine, name, "starting")
+        started = heal(machine, cluster)
         wait_ready(machine, wanted, look(machine, name) if started else cluster)
     return {"started": started}
 
@@ -533,61 +553,3 @@ def _credentials(machine: Machine, cluster: Cluster) -> dict[str, str]:
             f"hostctl k3d start {cluster.name}",
         )
     return credentials
-
-
-def k3d_doctor(machine: Machine, spec: dict[str, Any]) -> Result:
-    """All that is wrong or missing on the host for this cluster, at once, each with its remedy."""
-    spec = cluster_spec(spec, "k3d doctor")
-    findings: list[dict[str, str]] = []
-
-    def find(severity: str, what: str, remedy: str) -> None:
-        findings.append({"severity": severity, "what": what, "remedy": remedy})
-
-    for tool in TOOLS:
-        try:
-            tool_version(machine, tool)
-        except Failure as failure:
-            find("error", f"{failure.step}: {failure.cause}", failure.remedy)
-    cluster = None
-    try:
-        cluster = look(machine, spec["name"], spec["network"]["name"])
-    except Failure as failure:
-        find("error", f"{failure.step}: {failure.cause}", failure.remedy)
-    try:
-        refuse_docker_resolvers(machine, spec)
-    except Failure as failure:
-        if failure.code == "refused":
-            find("error", failure.cause, failure.remedy)
-    bind = spec["api"]["bind"]
-    if not machine.has_address(bind):
-        find("error", f"no interface has {bind}", "bring it up: ip address show")
-    storage = machine.stat(spec["storage_dir"])
-    if storage and storage.kind != "directory":
-        find("error", f"{spec['storage_dir']} is no directory", "move it away")
-    elif machine.free_bytes(spec["storage_dir"]) < 5 * 2**30:
-        room = size_text(machine.free_bytes(spec["storage_dir"]))
-        find("warning", f"{spec['storage_dir']} has {room} left", "make room there")
-    if cluster and cluster.state == "absent":
-        for address, port in _published_ports(spec):
-            if machine.has_address(address) and not machine.port_is_free(address, port):
-                find("error", f"port {port} on {address} is in use", "stop what listens there")
-        if spec["servers"] == 1 and cluster.network is None:
-            find(
-                "info", f"Docker network {spec['network']['name']} is missing", "pulumi up makes it"
-            )
-    elif cluster:
-        for one in inspected(machine, spec, cluster)["differences"]:
-            severity = "error" if one["fixed"] else "warning"
-            what = f"{one['key']} is {plain(one['live'])}, declared {plain(one['declared'])}"
-            find(severity, what, one["remedy"])
-        credentials, why = ready(machine, cluster)
-        if not credentials:
-            find("error", why, f"docker logs --tail 50 {cluster.first.name}")
-        if cluster.of("loadbalancer") and spec["servers"] == 1:
-            find(
-                "warning",
-                "a load balancer stands before the only server; it can start before the bind "
-                "address is there (incident 1)",
-                "a recreate makes the cluster without one",
-            )
-    return {"findings": findings}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hostctl.cluster import Cluster, Node
 from hostctl.machine import Machine
+from hostctl.record import read_record
 from hostctl.spec import SECRET_ARGUMENT
 from hostctl.tools import attempt
 
 STORAGE_IN_NODE = "/var/lib/rancher/k3s/storage"
+DATASTORE_IN_NODE = "/var/lib/rancher/k3s/server"
 RESOLVERS_IN_NODE = "/etc/rancher/k3s/resolv.conf"
 API_PORT_IN_NODE = "6443/tcp"
+_OF_SETTINGS = ("--disable", "--resolv-conf", "--cluster-init", "--secrets-encryption")
 
 
 def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[str, Any]:
@@ -24,6 +28,7 @@ def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[st
     labels = server.labels
     arguments = _arguments(server)
     storage = server.mount(STORAGE_IN_NODE)
+    datastore = server.mount(DATASTORE_IN_NODE)
     return {
         "image": server.facts["Config"]["Image"],
         "image_id": server.facts.get("Image", ""),
@@ -38,11 +43,16 @@ def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[st
         "k3s_args": [
             _without_secret(argument)
             for argument in arguments
-            if argument.split("=")[0] not in ("--disable", "--resolv-conf", "--cluster-init")
+            if argument.split("=")[0] not in _OF_SETTINGS
         ],
+        "secrets_encryption": any(
+            argument.split("=")[0] == "--secrets-encryption" and not argument.endswith("=false")
+            for argument in arguments
+        ),
         "api": live_api(cluster),
         "resolvers": _live_resolvers(machine, server, unseen),
         "storage_dir": storage,
+        "datastore_dir": os.path.dirname(datastore) if datastore else None,
         "network": {
             "name": labels.get("k3d.cluster.network"),
             "subnet": subnet_of(cluster.network),
@@ -148,8 +158,17 @@ def differences(
             )
             found.append(one)
 
+    record = read_record(machine, name)
+    if record.get("swap"):
+        step = f"cut off at step {record['swap']['step']}"
+        found.append(_adjustable("swap", "done", step, "up continues it, or goes back"))
     if not _same_image(machine, spec["image"], live):
-        compare("image", spec["image"], live["image"])
+        why = _no_swap(spec, cluster, live, record)
+        if why:
+            compare("image", spec["image"], live["image"])
+            found[-1].update(why=why, remedy=f"{why}; {found[-1]['remedy']}")
+        else:
+            found.append(_adjustable("image", spec["image"], live["image"], _SWAP_REMEDY))
     for key in ("servers", "agents"):
         compare(key, spec[key], live[key])
     compare("disable", sorted(set(spec["disable"])), sorted(set(live["disable"])))
@@ -162,6 +181,10 @@ def differences(
     if live["resolvers"] is not None:
         compare("resolvers", spec["resolvers"], live["resolvers"])
     compare("storageDir", spec["storage_dir"], live["storage_dir"])
+    if live["datastore_dir"] is not None:
+        # A cluster made without that mount gets it with the next swap of its node.
+        compare("datastoreDir", spec["datastore_dir"], live["datastore_dir"])
+    compare("secretsEncryption", spec["secrets_encryption"], live["secrets_encryption"])
     compare("network.name", spec["network"]["name"], live["network"]["name"])
     compare("network.subnet", spec["network"]["subnet"], live["network"]["subnet"])
     compare("ports", _sorted_ports(spec["ports"]), _sorted_ports(live["ports"]))
@@ -171,6 +194,51 @@ def differences(
         remedy = f"up restarts {cluster.api.name}, which publishes it"
         found.append(_adjustable("api.published", True, False, remedy))
     return found
+
+
+_SWAP_REMEDY = (
+    "up swaps the node: the datastore is backed up and the backup verified, the API is away for "
+    "minutes, and the old node comes back by itself when the new one does not come up"
+)
+
+
+def _no_swap(
+    spec: Mapping[str, Any],
+    cluster: Cluster,
+    live: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> str | None:
+    """Why the live node cannot be swapped for one of the declared image; None when it can.
+
+    k3s goes up one minor version at a time, and never down: its datastore may have been migrated
+    (docs.k3s.io/upgrades/manual, kubernetes.io/releases/version-skew-policy).
+    """
+    if len(cluster.of("server", "agent")) > 1:
+        return "only the node of a cluster that has one can be swapped"
+    failed = record.get("swap_failed") or {}
+    if failed.get("image") == spec["image"]:
+        return (
+            f"the swap to it at {failed['at']} failed: {failed['cause']}; to try it again: "
+            f"hostctl k3d retry {spec['name']}"
+        )
+    old, new = (_k3s_release(image) for image in (live["image"], spec["image"]))
+    if not old or not new:
+        return "the tags of both images must name a release of k3s, such as v1.31.5-k3s1"
+    major, minor, patch, _ = old
+    allowed = (
+        f"allowed is v{major}.{minor}.{patch} or newer of v{major}.{minor}, or any "
+        f"v{major}.{minor + 1}"
+    )
+    if new < old:
+        return f"k3s does not go back to an older version; {allowed}"
+    if (new[0], new[1]) > (major, minor + 1):
+        return f"k3s goes up one minor version at a time; {allowed}"
+    return None
+
+
+def _k3s_release(image: str) -> tuple[int, ...] | None:
+    found = re.search(r":v(\d+)\.(\d+)\.(\d+)[-+]k3s(\d+)", image)
+    return tuple(map(int, found.groups())) if found else None
 
 
 _BEYOND_RECREATE = ("network.name", "network.subnet", "servers")

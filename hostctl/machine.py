@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import grp
 import hashlib
+import http.client
+import json
 import os
 import pwd
+import re
 import secrets
 import signal
 import socket
@@ -17,18 +20,22 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, NoReturn
 
 from hostctl.protocol import Failure, say
 
 STATE_DIRECTORY = "/var/lib/homelab"
+TOOLS_DIRECTORY = "/var/lib/homelab/bin"
 QUERY_SECONDS = 30.0
 """How long a question to a tool may take before the answer is: cannot tell."""
 PROGRESS_SECONDS = 5.0
 LOCK_SECONDS = 3600.0
 FILE_BYTES = 1024 * 1024
 """The largest file that is read; the API server takes no Secret above 1 MiB."""
+DOWNLOAD_BYTES = 200 * 1024 * 1024
 
 
 class Ran(NamedTuple):
@@ -60,6 +67,14 @@ class Stat(NamedTuple):
     modified: float
 
 
+class Served(NamedTuple):
+    """What a TLS server shows of itself: its certificate (DER), and the time that it answered, in
+    seconds since 1970; None where it gave none."""
+
+    certificate: bytes
+    date: float | None
+
+
 class ToolMissing(Exception):
     """The program is not on PATH."""
 
@@ -84,34 +99,37 @@ class Machine:
         env: Mapping[str, str] | None = None,
         timeout: float = QUERY_SECONDS,
         tick: Callable[[float], None] | None = None,
+        from_file: str | None = None,
         to_file: str | None = None,
         limit: int = 32 * 1024 * 1024,
         ends_with_us: bool = False,
     ) -> Ran:
         """Runs a program without a shell; ``tick`` is told every few seconds for how long it runs.
+        What hostctl installed comes before what else is on PATH.
 
-        ``to_file`` receives stdout whole. Raises ToolMissing or TookTooLong. The child has its own
-        session, so that an interrupt here does not cut it off half-way, and inherits the host's
-        locks, so that nobody else starts while a child of a killed hostctl still works.
-        ``ends_with_us`` is for one that only copies: it and its children end when hostctl is told
-        to end, and give the locks back.
+        ``from_file`` is its stdin in place of ``input``; ``to_file`` receives stdout whole. Raises
+        ToolMissing or TookTooLong. The child has its own session, so that an interrupt here does
+        not cut it off half-way, and inherits the host's locks, so that nobody else starts while a
+        child of a killed hostctl still works. ``ends_with_us`` is for one that only copies: it and
+        its children end when hostctl is told to end, and give the locks back.
         """
+        source = open(from_file, "rb") if from_file else None  # noqa: SIM115
         sink = open(to_file, "xb", opener=_private) if to_file else None  # noqa: SIM115
         try:
             child = subprocess.Popen(
                 list(argv),
-                stdin=subprocess.PIPE,
+                stdin=source or subprocess.PIPE,
                 stdout=sink or subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C", **(env or {})},
+                env={**os.environ, "LC_ALL": "C", "PATH": _path(), **(env or {})},
                 start_new_session=True,
                 pass_fds=self._locks,
             )
         except FileNotFoundError:
             raise ToolMissing(argv[0]) from None
         finally:
-            if sink:
-                sink.close()
+            for file in filter(None, (source, sink)):
+                file.close()
         kept = {"out": bytearray(), "err": bytearray()}
 
         def drain(name: str, stream: Any) -> None:
@@ -123,10 +141,9 @@ class Machine:
             with contextlib.suppress(BrokenPipeError), stream:
                 stream.write(input)
 
-        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-            (feed, (child.stdin,)),
-            (drain, ("err", child.stderr)),
-        ]
+        work: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(drain, ("err", child.stderr))]
+        if child.stdin:
+            work.append((feed, (child.stdin,)))
         if child.stdout:
             work.append((drain, ("out", child.stdout)))
         workers = [threading.Thread(target=do, args=given, daemon=True) for do, given in work]
@@ -181,7 +198,13 @@ class Machine:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
             raise
-        _sync_directory(directory)
+        _sync(directory)
+
+    def publish(self, written: str, path: str) -> None:
+        """Gives a file that was written aside its name, when all of it is on the disk."""
+        _sync(written)
+        os.replace(written, path)
+        _sync(os.path.dirname(path))
 
     def remove(self, path: str) -> bool:
         """Removes a file; False when there is none. Raises OSError."""
@@ -189,7 +212,7 @@ class Machine:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        _sync_directory(os.path.dirname(path))
+        _sync(os.path.dirname(path))
         return True
 
     @contextlib.contextmanager
@@ -234,6 +257,23 @@ class Machine:
             os.rmdir(aside)
             if not (isinstance(failure, OSError) and os.path.isdir(path)):
                 raise
+
+    def rename(self, path: str, to: str) -> None:
+        """Gives a file or directory another name in one step. Raises OSError, also for a directory
+        that is there and not empty."""
+        os.rename(path, to)
+        for directory in {os.path.dirname(path), os.path.dirname(to)}:
+            held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(held)
+            finally:
+                os.close(held)
+
+    def is_empty(self, path: str) -> bool:
+        """Whether there is no such directory, or nothing in it."""
+        with contextlib.suppress(FileNotFoundError):
+            return not os.listdir(path)
+        return True
 
     def exists(self, path: str) -> bool:
         return self.stat(path) is not None
@@ -281,6 +321,23 @@ class Machine:
         seen = os.statvfs(path)
         return seen.f_bavail * seen.f_frsize
 
+    def file_system(self, path: str) -> tuple[str, bool]:
+        """Type of the file system that holds the path or its nearest existing parent, and whether
+        it can be written. Raises OSError when that cannot be seen."""
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        path = os.path.realpath(path)
+        kind, longest, read_only = "", -1, False
+        for line in self.read("/proc/self/mountinfo").decode("utf-8", "replace").splitlines():
+            # proc_pid_mountinfo(5); blanks in a path are \040.
+            mount, _, source = line.partition(" - ")
+            point = mount.split()[4].replace("\\040", " ")
+            inside = point == "/" or path == point or path.startswith(point + "/")
+            if inside and len(point) >= longest:
+                kind, longest = source.split()[0], len(point)
+                read_only = "ro" in mount.split()[5].split(",")
+        return kind, not read_only
+
     def tree_bytes(self, path: str) -> int:
         """The sizes of all files below a directory. Raises OSError for what cannot be read."""
 
@@ -293,6 +350,35 @@ class Machine:
                 with contextlib.suppress(FileNotFoundError):
                     total += os.lstat(os.path.join(directory, name)).st_size
         return total
+
+    def file_bytes(self, path: str) -> int:
+        """The size of a file; 0 for one that is not there yet."""
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            return 0
+
+    def newest(self, path: str) -> float | None:
+        """When the file below a directory that was written last was written; None without files.
+        Raises OSError for what cannot be read."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        found = []
+        for directory, _, names in os.walk(path, onerror=fail):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(os.lstat(os.path.join(directory, name)).st_mtime)
+        return max(found, default=None)
+
+    def names(self, path: str) -> list[str]:
+        """What a directory holds, sorted; nothing for one that is not there. Raises OSError."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
 
     def checksum(self, path: str) -> str:
         """The sha256 of a file of any size."""
@@ -342,6 +428,11 @@ class Machine:
                     return content
         return socket.gethostname()
 
+    def kernel(self) -> tuple[str, str]:
+        """The release of the running kernel, and the architecture in the words of uname(1)."""
+        seen = os.uname()
+        return seen.release, seen.machine
+
     # Network
 
     def has_address(self, address: str) -> bool:
@@ -353,9 +444,11 @@ class Machine:
                 return False
         return True
 
-    def port_is_free(self, address: str, port: int) -> bool:
-        with contextlib.closing(_socket(address)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
+        with contextlib.closing(_socket(address, protocol)) as probe:
+            if protocol == "tcp":
+                # A connection that is closing is none; with UDP it would let two share a port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((address, port))
             except OSError:
@@ -374,6 +467,63 @@ class Machine:
         except OSError as error:
             return str(error)
 
+    def post(self, socket_path: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        """Asks a service that listens on a socket file, in JSON. Returns status and answer; raises
+        OSError."""
+        with contextlib.closing(http.client.HTTPConnection("localhost", timeout=300)) as service:
+            service.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            service.sock.settimeout(300)
+            service.sock.connect(socket_path)
+            headers = {"Content-Type": "application/json"}
+            service.request("POST", path, json.dumps(body), headers)
+            answer = service.getresponse()
+            return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
+
+    def served(self, address: str, port: int) -> Served | None:
+        """What a TLS server shows of itself, trusted or not: one whose certificate has expired is
+        no longer. None when it does not answer."""
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        try:
+            with (
+                socket.create_connection((address, port), 5) as plain,
+                context.wrap_socket(plain) as secure,
+            ):
+                certificate = secure.getpeercert(binary_form=True)
+                secure.sendall(b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                # It answers a stranger with 401, and says when.
+                head = secure.recv(65536).decode("latin-1")
+        except OSError:
+            return None
+        said = re.search(r"^date: *(.+?)\s*$", head, re.IGNORECASE | re.MULTILINE)
+        date = parsedate_to_datetime(said.group(1)).timestamp() if said else None
+        return Served(certificate or b"", date)
+
+    def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
+        """What is at the URL, which may be reached through the environment's proxy. Raises OSError
+        when it cannot be had whole, ValueError when it is not what the sha256 says."""
+        content = bytearray()
+        told = time.monotonic()
+        try:
+            with urllib.request.build_opener().open(url, timeout=QUERY_SECONDS) as answer:
+                for piece in iter(lambda: answer.read(256 * 1024), b""):
+                    content += piece
+                    if len(content) > DOWNLOAD_BYTES:
+                        raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
+                    if time.monotonic() - told >= PROGRESS_SECONDS:
+                        told = time.monotonic()
+                        tick(len(content))
+                expected = answer.headers.get("Content-Length")
+        except http.client.HTTPException as error:
+            raise OSError(str(error) or type(error).__name__) from None
+        if expected is not None and len(content) != int(expected):
+            raise OSError(f"cut off after {len(content)} of {expected} bytes")
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise ValueError(found)
+        return bytes(content)
+
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         """What the processes and their threads have read so far; None when that cannot be seen."""
         total, seen = 0, False
@@ -389,12 +539,17 @@ class Machine:
         return None
 
 
+def _path() -> str:
+    return f"{TOOLS_DIRECTORY}:{os.environ.get('PATH', os.defpath)}"
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _sync_directory(path: str) -> None:
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: str) -> None:
+    """Waits until a file's content, or a directory's names, are on the disk."""
+    held = os.open(path, os.O_RDONLY)
     try:
         os.fsync(held)
     finally:
@@ -420,9 +575,9 @@ def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> b
     return False
 
 
-def _socket(address: str) -> socket.socket:
+def _socket(address: str, protocol: str = "tcp") -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.socket(family, socket.SOCK_STREAM)
+    return socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
 
 
 def _take_lock(machine: Machine, descriptor: int, name: str) -> None:

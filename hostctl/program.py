@@ -20,13 +20,37 @@ MODULES = (
     "live",
     "waiting",
     "backup",
+    "swap",
     "files",
+    "certificates",
+    "preflight",
+    "images",
     "k3d",
+    "acceptance",
+    "install",
     "workloads",
     "existing",
     "argocd",
+    "clean",
+    "backups",
+    "units",
     "cli",
 )
+# Before anything that an older Python does not know; what is above it, it does.
+_GUARD = """
+if sys.version_info < (3, 9):
+    _FOUND = "%d.%d at %s" % (sys.version_info[0], sys.version_info[1], sys.executable)
+    _ERROR = {
+        "step": "python3 version",
+        "cause": _FOUND + " is too old",
+        "remedy": "install python3 3.9 or newer. NixOS: environment.systemPackages = "
+        "[ pkgs.python3 ]; TrueNAS SCALE: update it. Debian/Ubuntu: apt install python3",
+        "code": "tool",
+    }
+    print(json.dumps({"ok": False, "error": _ERROR}))
+    sys.exit(0 if "--exit-zero" in sys.argv else 6)
+
+"""
 _HEAD = re.compile(
     r'"""(?P<title>.*?)"""\n(?P<imports>(?:\n|(?:import|from) [^\n(]*\n|from [^\n(]*\([^)]*\)\n)*)',
     re.DOTALL,
@@ -52,7 +76,8 @@ def text() -> str:
     return "\n\n".join(
         [
             f"#!/usr/bin/env python3\n{introduction}\nfrom __future__ import annotations\n\n"
-            + "".join(sorted(imports, key=lambda line: (line.startswith("from"), line))),
+            + "".join(sorted(imports, key=lambda line: (line.startswith("from"), line)))
+            + _GUARD,
             *parts,
             'if __name__ == "__main__":\n    sys.exit(main())\n',
         ]

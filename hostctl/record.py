@@ -40,6 +40,13 @@ def write_record(machine: Machine, name: str, **changes: Any) -> dict[str, Any]:
     return record
 
 
+def record_run(machine: Machine, name: str, what: str, at: str, cause: str) -> None:
+    """Notes how a scheduled verb ended; ``cause`` is empty when all went well. The caller holds the
+    cluster's lock."""
+    runs = read_record(machine, name).get("runs") or {}
+    write_record(machine, name, runs={**runs, what: {"at": at, "ok": not cause, "cause": cause}})
+
+
 def cluster_lock(machine: Machine, name: str) -> contextlib.AbstractContextManager[None]:
     return machine.lock(f"cluster-{name}")
 

@@ -210,12 +210,14 @@ def text_map(value: Any) -> dict[str, str]:
 
 
 def _k3s_argument(value: Any) -> str:
-    own = ("--disable", "--resolv-conf", "--cluster-init", "--data-dir", "--server")
+    own = ("--disable", "--resolv-conf", "--secrets-encryption")
+    k3ds = ("--cluster-init", "--data-dir", "--server")
     if not isinstance(value, str) or not re.fullmatch(r"--[a-z][^\x00-\x1f\x7f$]*", value):
         # k3d expands $NAME in its config file and has no way to write a plain $.
         raise ValueError("an argument of k3s such as --write-kubeconfig-mode=640, without '$'")
-    if re.split("[= ]", value)[0] in own:
-        raise ValueError(f"none of {', '.join(own)}, which have a setting of their own or none")
+    if re.split("[= ]", value)[0] in own + k3ds:
+        both = ", ".join(own + k3ds)
+        raise ValueError(f"none of {both}, which have a setting of their own or none")
     if SECRET_ARGUMENT.match(value):
         raise ValueError(
             "one that carries no secret, which every process could read; k3s takes "
@@ -276,7 +278,7 @@ ACCOUNT = text_matching(
     r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,63}", "the name or number of a user or group"
 )
 COMMIT = text_matching(r"[0-9a-f]{40}", "a commit of 40 hex digits")
-_IMAGE = text_matching(
+IMAGE = text_matching(
     # Docker's grammar of references (github.com/distribution/reference); what is before the first
     # slash may be a registry's host and port. Then a tag, a digest, or both.
     r"(?!.*:latest(@|$))([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?(:\d{1,5})?/)?[a-z0-9][a-z0-9._/-]*"
@@ -286,7 +288,11 @@ _IMAGE = text_matching(
 _SERVER = text_matching(
     r"https://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "https://HOST:PORT that clients reach"
 )
-_INCARNATION = text_matching(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
+INCARNATION = text_matching(r"[0-9a-f]{8}-[1-9]\d{0,8}", "what `k3d inspect` said")
+EXTERNAL_NAME = text_matching(
+    r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+",
+    "a host name with a dot, in lower case",
+)
 KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
@@ -313,7 +319,7 @@ def server_url(value: Any) -> str:
 
 CLUSTER_SPEC: dict[str, Any] = {
     "name": Value(CLUSTER_NAME),
-    "image": Value(_IMAGE),
+    "image": Value(IMAGE),
     "servers": Value(number_between(1, 9), 1),
     "agents": Value(number_between(0, 99), 0),
     "disable": Items(Value(text_matching(r"[a-z0-9-]{1,63}", "a packaged component of k3s")), []),
@@ -324,12 +330,14 @@ CLUSTER_SPEC: dict[str, Any] = {
     },
     "resolvers": Items(Value(_resolver)),
     "storage_dir": Value(_mount_path),
+    "datastore_dir": Value(or_null(_mount_path), None),
     "network": {
         "name": Value(
             text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", "the name of a Docker network")
         ),
         "subnet": Value(_subnet),
     },
+    "secrets_encryption": Value(boolean, False),
     "k3s_args": Items(Value(_k3s_argument, secret=True), []),
     "ports": Items(
         {
@@ -342,9 +350,10 @@ CLUSTER_SPEC: dict[str, Any] = {
     ),
     "api_wait_seconds": Value(number_between(1, 86400), 1800),
     "generation": Value(or_null(number_between(0, 2**31)), None),
-    "incarnation": Value(or_null(_INCARNATION), None),
+    "incarnation": Value(or_null(INCARNATION), None),
     "recreate": Value(or_null(CLUSTER_NAME), None),
     "confirm": Value(or_null(CLUSTER_NAME), None),
+    "installs_k3d": Value(boolean, False),
 }
 
 
@@ -352,6 +361,11 @@ def cluster_spec(spec: Any, verb: str) -> dict[str, Any]:
     """A ClusterSpec, checked together with what its values must not be to each other."""
     result = checked(spec, CLUSTER_SPEC, verb)
     wrong = []
+    storage, datastore = result["storage_dir"], result["datastore_dir"] or ""
+    if not datastore and storage:
+        result["datastore_dir"] = f"{storage}-server"
+    elif f"{storage}/".startswith(f"{datastore}/") or f"{datastore}/".startswith(f"{storage}/"):
+        wrong.append("datastore_dir: inside storage_dir or around it; allowed is one beside it")
     if result["servers"] % 2 == 0:
         wrong.append("servers: an even number has no majority to lose; allowed is an odd number")
     if result["servers"] > 1 and result["network"]["name"] != f"k3d-{result['name']}":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,11 +20,9 @@ class Tool(NamedTuple):
     truenas: str
     debian: str
 
-    def remedy(self, name: str) -> str:
-        return (
-            f"install {name} {'.'.join(map(str, self.least))} or newer. NixOS: {self.nixos} "
-            f"TrueNAS SCALE: {self.truenas} Debian/Ubuntu: {self.debian}"
-        )
+    def remedy(self, name: str, machine: Machine) -> str:
+        how = for_system(machine, self.nixos, self.truenas, self.debian)
+        return f"install {name} {'.'.join(map(str, self.least))} or newer. {how}"
 
 
 TOOLS = {
@@ -38,8 +37,8 @@ TOOLS = {
         (5, 6),
         ("k3d", "version"),
         "environment.systemPackages = [ pkgs.k3d ];",
-        "put the release binary of github.com/k3d-io/k3d on a dataset and its directory on PATH.",
-        "the release binary of github.com/k3d-io/k3d into /usr/local/bin.",
+        "`hostctl install k3d`, or homelab:host.k3d.install: true.",
+        "`hostctl install k3d`, or homelab:host.k3d.install: true.",
     ),
     # By 1.29 `apply --server-side` migrates a client-side apply to any field manager.
     "kubectl": Tool(
@@ -59,17 +58,44 @@ TOOLS = {
 }
 
 
+def for_system(machine: Machine, nixos: str, truenas: str, debian: str) -> str:
+    """The remedy for the system that this host runs; all of them for another one."""
+    ways = {"NixOS": nixos, "TrueNAS SCALE": truenas, "Debian/Ubuntu": debian}
+    system = host_system(machine)
+    known = {system: ways[system]} if system in ways else ways
+    return " ".join(f"{name}: {way}" for name, way in known.items())
+
+
+def host_system(machine: Machine) -> str:
+    """NixOS, TrueNAS SCALE, Debian/Ubuntu, or the name in os-release(5)."""
+    if machine.exists("/usr/bin/midclt"):
+        # Its os-release is Debian's.
+        return "TrueNAS SCALE"
+    fields: dict[str, str] = {}
+    for path in ("/etc/os-release", "/usr/lib/os-release"):
+        with contextlib.suppress(OSError):
+            text = machine.read(path).decode("utf-8", "replace")
+            fields = dict(re.findall(r"""^([A-Z_]+)=["']?(.*?)["']?\s*$""", text, re.MULTILINE))
+            break
+    kinds = {fields.get("ID", ""), *fields.get("ID_LIKE", "").split()}
+    if "nixos" in kinds:
+        return "NixOS"
+    return "Debian/Ubuntu" if kinds & {"debian", "ubuntu"} else fields.get("NAME", "unknown")
+
+
 def tool_version(machine: Machine, name: str) -> tuple[int, int]:
     """The version of a tool. Raises Failure when it is missing, does not run or is too old."""
     tool = TOOLS[name]
     ran = run_tool(machine, tool.ask, f"{name} version", "cannot-tell")
     found = re.search(r"(\d+)\.(\d+)", ran.text)
     if not found:
-        raise Failure("tool", f"{name} version", f"printed {ran.text[:80]!r}", tool.remedy(name))
+        raise Failure(
+            "tool", f"{name} version", f"printed {ran.text[:80]!r}", tool.remedy(name, machine)
+        )
     version = (int(found.group(1)), int(found.group(2)))
     if version < tool.least:
         cause = f"{found.group(0)} is too old"
-        raise Failure("tool", f"{name} version", cause, tool.remedy(name))
+        raise Failure("tool", f"{name} version", cause, tool.remedy(name, machine))
     return version
 
 
@@ -89,7 +115,7 @@ def attempt(machine: Machine, argv: Sequence[str], step: str, **options: Any) ->
     try:
         return machine.run(argv, **options)
     except ToolMissing:
-        remedy = TOOLS[name].remedy(name) if name in TOOLS else f"install {name}"
+        remedy = TOOLS[name].remedy(name, machine) if name in TOOLS else f"install {name}"
         raise Failure("tool", step, f"{name} is not on PATH", remedy) from None
     except TookTooLong:
         seconds = options.get("timeout", QUERY_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from hostctl.cluster import Cluster, look, node_kubeconfig
 from hostctl.live import live_api
 from hostctl.machine import PROGRESS_SECONDS, QUERY_SECONDS, Machine, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, say
-from hostctl.tools import run_tool
+from hostctl.tools import attempt, run_tool
 
 BIND_WAIT_SECONDS = 300.0
 STALL_SECONDS = 180.0
@@ -138,6 +139,22 @@ def wait_for_address(machine: Machine, address: str) -> None:
 def restart_container(machine: Machine, container: str) -> None:
     argv = ["docker", "restart", "-t", "60", container]
     run_tool(machine, argv, f"restarting {container}", "failed", timeout=300.0)
+
+
+def stop(machine: Machine, cluster: Cluster) -> None:
+    """Stops all nodes, those that others need last."""
+    for node in reversed(cluster.nodes):
+        if node.running:
+            say(f"stopping {node.name}")
+            argv = ["docker", "stop", "-t", "60", node.name]
+            run_tool(machine, argv, f"stopping {node.name}", "failed", timeout=300.0)
+
+
+def asked_version(machine: Machine, cluster: Cluster) -> str | None:
+    argv = ["docker", "exec", cluster.first.name, "k3s", "--version"]
+    ran = attempt(machine, argv, "asking k3s for its version")
+    found = re.search(r"v\d+\.\d+\.\d+\S*", ran.text)
+    return found.group(0) if found else None
 
 
 def present_cluster(machine: Machine, name: str, doing: str) -> Cluster:

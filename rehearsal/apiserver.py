@@ -1,7 +1,8 @@
-"""A make-believe kube-apiserver over files, for the stand-ins of a rehearsal.
+"""The API server that the kubernetes stand-in asks, and a make-believe one over files.
 
 Schemas, defaulting, validation, server-side apply and its field managers, for the kinds that the
-stacks declare. :class:`ApiServer` is the door. Rules and texts are those of Kubernetes.
+stacks declare. :class:`ApiServer` is the door, :class:`Api` what it has in common with a real one.
+Rules and texts are those of Kubernetes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import yaml
 
@@ -337,6 +338,21 @@ def _conflict_text(conflicts: list[tuple[Object, FieldPath]]) -> str:
     return f"Apply failed with {len(conflicts)} conflicts: " + "\n".join(lines)
 
 
+def taken_over(live: Object, managers: set[tuple[str, str]], manager: str) -> list[Object] | None:
+    """The managedFields in which an Apply manager owns what the (manager, operation) pairs did;
+    None where they own nothing (k8s.io/client-go/util/csaupgrade).
+    """
+    taken: set[FieldPath] = set()
+    rest = []
+    for entry in live["metadata"].get("managedFields", []):
+        name = entry["manager"], entry["operation"]
+        if (name in managers or name == (manager, "Apply")) and not entry.get("subresource"):
+            taken |= set(paths(entry.get("fieldsV1", {})))
+        else:
+            rest.append(entry)
+    return [_entry(live, manager, "Apply", _trie(taken)), *rest] if taken else None
+
+
 # The API server
 
 
@@ -397,6 +413,44 @@ def _plural(kind: str) -> str:
 
 # The objects that every cluster has (kubernetes/pkg/controlplane/controller/systemnamespaces).
 _SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+
+
+class Api(Protocol):
+    """A cluster's API server. Objects are dicts in Kubernetes' own form; a method raises
+    :class:`ApiError`, for a kind that is not served with the reason `NoMatch`.
+    """
+
+    def resource(self, api_version: str, kind: str) -> Resource:
+        """How a kind is served."""
+        ...
+
+    def get(self, obj: Object) -> Object:
+        """The live object with this one's kind, namespace and name. Raises NotFound."""
+        ...
+
+    def create(self, obj: Object, manager: str, dry_run: bool = False) -> Object:
+        """POST. Raises NotFound (no namespace), Invalid, AlreadyExists."""
+        ...
+
+    def apply(self, obj: Object, manager: str, force: bool, dry_run: bool = False) -> Object:
+        """Server-side apply, which makes an absent object. Raises Conflict, Invalid, NotFound."""
+        ...
+
+    def replace(self, obj: Object, manager: str, dry_run: bool = False) -> Object:
+        """PUT, which takes the place of the live object as a whole."""
+        ...
+
+    def take_over(self, obj: Object, managers: set[tuple[str, str]], manager: str) -> None:
+        """Give an Apply manager what the (manager, operation) pairs own."""
+        ...
+
+    def delete(self, obj: Object) -> bool:
+        """DELETE, until it is gone. Returns whether it was there."""
+        ...
+
+    def ready(self, obj: Object, waited: float) -> bool:
+        """Whether an object that was made so many seconds ago is what its kind calls ready."""
+        ...
 
 
 class ApiServer:
@@ -526,17 +580,9 @@ class ApiServer:
     def take_over(self, obj: Object, managers: set[tuple[str, str]], manager: str) -> None:
         """Give an Apply manager what the (manager, operation) pairs own."""
         live = self.get(obj)
-        taken: set[FieldPath] = set()
-        rest = []
-        for entry in live["metadata"].get("managedFields", []):
-            name = entry["manager"], entry["operation"]
-            if name in managers or name == (manager, "Apply"):
-                taken |= set(paths(entry.get("fieldsV1", {})))
-            else:
-                rest.append(entry)
-        if taken:
-            rest.insert(0, _entry(live, manager, "Apply", _trie(taken)))
-            live["metadata"]["managedFields"] = rest
+        managed = taken_over(live, managers, manager)
+        if managed is not None:
+            live["metadata"]["managedFields"] = managed
             self.world.put(self._key(live), live)
 
     def delete(self, obj: Object) -> bool:
@@ -545,6 +591,17 @@ class ApiServer:
             for key, _ in list(self.world.list(f"{self.cluster}/{obj['metadata']['name']}")):
                 self.world.delete(key)
         return self.world.delete(self._key(obj))
+
+    def ready(self, obj: Object, waited: float) -> bool:
+        """At once, or when `ready.json` says; what waits for an address, when it has one."""
+        kind, metadata = obj["kind"], obj["metadata"]
+        key = f"{kind}/{metadata.get('namespace', '')}/{metadata['name']}"
+        addressed = kind == "Ingress" or obj.get("spec", {}).get("type") == "LoadBalancer"
+        if addressed:
+            status = self.get(obj).get("status") or {}
+            addressed = not (status.get("loadBalancer") or {}).get("ingress")
+        stated = (self.world.get("ready") or {}).get(key, "never" if addressed else 0)
+        return stated != "never" and waited >= stated
 
     def _write(self, obj: Object, live: Object, dry_run: bool) -> Object:
         made = "uid" not in live["metadata"]

@@ -95,6 +95,10 @@ else:
 MARKER = "HOMELAB_REHEARSAL"
 """The environment variable that marks a rehearsal and names its directory."""
 
+REALLY = "HOMELAB_REHEARSAL_RUN"
+"""The environment variable that, being 1, lets the stand-ins of a rehearsal act for real: commands
+run, and objects are made in the Docker engine and the API server that the program names."""
+
 Properties = dict[str, Any]
 
 

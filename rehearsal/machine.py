@@ -9,22 +9,38 @@ World, below `<rehearsal>/world/machine/`:
   files/...                 the host's files; access/<quoted path>.json has mode, owner, group, time
   clusters/<name>.json      a k3d cluster. `state` running or stopped, `ca` (base64 PEM), `server`
                             (URL of its API), `nodes` as created; edit a mount, a port, the state,
-                            the CA; remove the file, and someone has deleted the cluster. `opening`,
+                            the CA; remove the file, and someone has deleted the cluster. A node's
+                            `layer` has the files of its own container; its datastore is
+                            `db/state.db` where it is mounted from, below files/. `opening`,
                             when added, is {"seconds", "bytes_per_second", "stalls"}: how long a
                             start of the server takes, what it reads meanwhile, how many starts
+                            read nothing. `images`, when added, are those in its nodes, as `crictl
+                            images` shows them, each with `used`
                             read nothing
   existing/<name>.json      a cluster that others made (rehearsal/existing.py): `state` running or
                             not, `ca`, `server`
   containers/<name>.json    any other container, in the form of `docker inspect`
-  volumes.json              names of volumes
+  volumes.json              names of volumes; one that is in orphans.json too has lost its container
+  orphans.json              {"<volume>": what `docker volume inspect` shows beside its name}
+  dangling.json             {"<image id>": bytes}, images without a tag; build-cache: its size
+  databases.json            {"<namespace>/<workload>": {"<database>": {"content", "rows"}}}
+  init.json, systemd.json, middleware.json  see rehearsal/init.py
   git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
                             "<commit>"}}}; a repository that is not listed has every branch, at a
                             made-up commit
   addresses.json            {"<address>": seconds until an interface has it, or null for never}
-  ports.json                ports that others listen on; free: bytes of free disk
+  ports.json                ports that others listen on, as 8080 or "8080/udp"; free: bytes of free
+                            disk; file-system.json: [type, whether it can be written]
+  pods.json                 {"lookup": what becomes of a pod that asks for a name: "resolves",
+                            "fails", "no-image" or "unscheduled"}
+  clock-skew                seconds that the API server's clock is ahead of the host's
+  downloads.json            {"<url>": sha256 of what is there, or null when it is cut off}; any
+                            other has what is asked for
   accounts.json             users and groups that the host lacks
   docker-down               Docker does not answer (as does world/docker/unreachable)
   missing-tools.json        programs that are not on PATH
+  images.json               images that were pulled; no-pull.json: those that no registry has
+  broken-images.json        node images whose k3s ends as soon as it starts
   seed                      another seed gives another machine id and other CAs
 Networks, images and containers of the docker stand-in are those of `world/docker/`, besides
 Docker's own network bridge; objects in a cluster are those of `world/kubernetes/`.
@@ -40,6 +56,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 import time
@@ -49,13 +66,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from hostctl.machine import Machine, Ran, Stat, ToolMissing
+from hostctl.live import k3s_version
+from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMissing
 from rehearsal.core import World
+from rehearsal.init import Usage as _Usage
+from rehearsal.init import is_mark, midclt, systemctl
 
 Object = dict[str, Any]
 
 _VERSIONS = {
     ("docker", "version", "--format", "{{.Server.Version}}"): "28.2.2\n",
+    ("docker", "version", "--format", "{{.Client.APIVersion}}"): "1.50\n",
     ("k3d", "version"): "k3d version v5.8.3\nk3s version v1.31.5-k3s1 (default)\n",
     (
         "kubectl",
@@ -70,10 +91,33 @@ _DOCKER_DOWN = (
     "Is the docker daemon running?"
 )
 _K3S = "/var/lib/rancher/k3s"
+_DATASTORE = f"{_K3S}/server"
+_ENTRYPOINT = "/bin/k3d-entrypoint.sh"
+_PASSWORD = "/etc/rancher/node/password"
+_IMAGE_CONFIG: Object = {
+    "Env": ["PATH=/var/lib/rancher/k3s/data/cni:/bin", "CRI_CONFIG_FILE=/var/lib/crictl.yaml"],
+    "Entrypoint": ["/bin/k3s"],
+    "Cmd": ["agent"],
+    "Volumes": {"/var/lib/rancher/k3s": {}, "/var/lib/kubelet": {}},
+    "WorkingDir": "",
+}
 
-
-class _Usage(Exception):
-    """A call that the model does not know."""
+_INFO: Object = {
+    "CgroupVersion": "2",
+    "DockerRootDir": "/var/lib/docker",
+    "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
+}
+# Of a host that lacks nothing. What is in the world's files takes their place.
+_KERNEL_FILES = {
+    "/proc/modules": "".join(
+        f"{name} 16384 1 - Live 0x0000000000000000\n"
+        for name in ("overlay", "br_netfilter", "nf_conntrack", "vxlan")
+    ),
+    "/proc/sys/fs/inotify/max_user_instances": "512\n",
+    "/proc/sys/fs/inotify/max_user_watches": "524288\n",
+    "/proc/sys/net/ipv4/ip_forward": "1\n",
+    "/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory hugetlb pids rdma misc\n",
+}
 
 
 def _options(
@@ -144,11 +188,13 @@ class RehearsalMachine(Machine):
         env: Mapping[str, str] | None = None,
         timeout: float = 30.0,
         tick: Callable[[float], None] | None = None,
+        from_file: str | None = None,
         to_file: str | None = None,
         limit: int = 0,
         ends_with_us: bool = False,
     ) -> Ran:
-        if argv[0] in self.setting("missing-tools.json", []):
+        installed = self._file(f"{TOOLS_DIRECTORY}/{argv[0]}").exists()
+        if argv[0] in self.setting("missing-tools.json", []) and not installed:
             raise ToolMissing(argv[0])
         models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
             "docker": self._docker,
@@ -157,11 +203,16 @@ class RehearsalMachine(Machine):
             "git": self._git,
             "tar": self._tar,
             "rm": self._rm,
+            "sync": lambda words, input, env: _done(),
+            "systemctl": lambda words, *_: systemctl(self, words),
+            "midclt": lambda words, *_: midclt(self, words),
         }
         if argv[0] not in models:
             raise ToolMissing(argv[0])
         if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
             return _done(_VERSIONS[tuple(argv)])
+        if from_file:
+            input = self.read(from_file)
         try:
             ran = models[argv[0]](list(argv[1:]), input, env or {})
         except _Usage as unknown:
@@ -180,6 +231,8 @@ class RehearsalMachine(Machine):
         return self.root / "access" / (quote(path, safe="") + ".json")
 
     def read(self, path: str, limit: int = 1024 * 1024) -> bytes:
+        if path in _KERNEL_FILES and not self._file(path).exists():
+            return _KERNEL_FILES[path].encode()
         return self._file(path).read_bytes()
 
     def write_atomic(
@@ -192,7 +245,7 @@ class RehearsalMachine(Machine):
     ) -> None:
         target = self._file(path)
         # The host's own directories are there; hostctl makes what is below them.
-        if path.count("/") == 2:
+        if path.count("/") == 2 or target.parent == self._file("/etc/systemd/system"):
             target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.write_bytes(content)
@@ -244,10 +297,17 @@ class RehearsalMachine(Machine):
         self._file(path).mkdir(parents=True)
         self.set_access(path, mode, owner, group, written=True)
 
+    def rename(self, path: str, to: str) -> None:
+        self._file(path).rename(self._file(to))
+
+    def is_empty(self, path: str) -> bool:
+        directory = self._file(path)
+        return not directory.is_dir() or not any(directory.iterdir())
+
     def stat(self, path: str) -> Stat | None:
         file = self._file(path)
         if not file.exists():
-            return None
+            return Stat("directory", 0o755, "root", "root", 0) if is_mark(self, path) else None
         access = self._access(path)
         seen = json.loads(access.read_text()) if access.exists() else {}
         kind = "directory" if file.is_dir() else "file"
@@ -267,8 +327,35 @@ class RehearsalMachine(Machine):
     def tree_bytes(self, path: str) -> int:
         return sum(len(content) for _, content in self._tree(path))
 
+    def file_bytes(self, path: str) -> int:
+        return self._file(path).stat().st_size if self._file(path).exists() else 0
+
+    def newest(self, path: str) -> float | None:
+        files = (file for file in self._file(path).rglob("*") if file.is_file())
+        return max((self._written(file) for file in files), default=None)
+
+    def _written(self, file: Path) -> float:
+        seen = self.stat("/" + str(file.relative_to(self.root / "files")))
+        assert seen is not None
+        return seen.modified
+
+    def names(self, path: str) -> list[str]:
+        top = self._file(path)
+        return sorted(file.name for file in top.iterdir()) if top.is_dir() else []
+
+    def publish(self, written: str, path: str) -> None:
+        self._file(written).replace(self._file(path))
+        if self._access(written).exists():
+            self._access(written).replace(self._access(path))
+
     def checksum(self, path: str) -> str:
-        return hashlib.sha256(self.read(path)).hexdigest()
+        content = self.read(path)
+        downloaded = content.partition(_DOWNLOADED)[2]
+        return downloaded.decode() or hashlib.sha256(content).hexdigest()
+
+    def file_system(self, path: str) -> tuple[str, bool]:
+        kind, writable = self.setting("file-system.json", ["ext4", True])
+        return kind, writable
 
     def _tree(self, path: str) -> list[tuple[str, bytes]]:
         top = self._file(path)
@@ -309,16 +396,40 @@ class RehearsalMachine(Machine):
         seed = self.setting("seed", "a rehearsal")
         return hashlib.sha256(f"{seed}/{what}".encode()).hexdigest()
 
+    def kernel(self) -> tuple[str, str]:
+        return "6.12.0", "x86_64"
+
     # Network
 
     def has_address(self, address: str) -> bool:
         after = self.setting("addresses.json", {}).get(address, 0)
         return after is not None and self.setting("slept", 0.0) >= after
 
-    def port_is_free(self, address: str, port: int) -> bool:
-        return port not in self.setting("ports.json", []) and not any(
+    def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
+        taken = self.setting("ports.json", [])
+        if protocol == "udp":
+            return f"{port}/udp" not in taken
+        return port not in taken and not any(
             self._publishes(cluster, port) for cluster in self.clusters()
         )
+
+    def served(self, address: str, port: int) -> Served | None:
+        for cluster in self.clusters():
+            if self._publishes(cluster, port) and self._is_open(cluster):
+                shown = base64.b64decode(cluster.get("serving", cluster["certificate"])).decode()
+                return Served(
+                    base64.b64decode("".join(shown.splitlines()[1:-1])),
+                    float(int(self.now() + self.setting("clock-skew", 0))),
+                )
+        return None
+
+    def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
+        there = self.setting("downloads.json", {}).get(url, sha256)
+        if there is None:
+            raise OSError("cut off after 4096 of 25000000 bytes")
+        if there != sha256:
+            raise ValueError(there)
+        return _DOWNLOADED + sha256.encode()
 
     def connect(self, address: str, port: int, ca: str) -> str | None:
         for cluster in self.clusters():
@@ -327,6 +438,15 @@ class RehearsalMachine(Machine):
                     return None
                 return "certificate verify failed: self-signed certificate in certificate chain"
         return "[Errno 111] Connection refused"
+
+    def post(self, socket_path: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        """Docker's API, of which only the making of a node is known."""
+        found = re.fullmatch(r"/v1\.50/containers/create\?name=([a-z0-9-]+)", path)
+        if socket_path != "/var/run/docker.sock" or not found:
+            raise _Usage(f"{path} on {socket_path}")
+        if self._docker_is_down():
+            raise ConnectionRefusedError(111, "Connection refused")
+        return self._create_container(found.group(1), body)
 
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         total = 0
@@ -367,9 +487,9 @@ class RehearsalMachine(Machine):
         if key == "TS_AUTHKEY" or "tailscale" in path:
             return f"tskey-auth-{value}"
         if kind == "kubernetes.io/tls":
-            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value)
+            return _pem("PRIVATE KEY" if key.endswith("key") else "CERTIFICATE", value.encode())
         if kind == "kubernetes.io/ssh-auth":
-            return _pem("OPENSSH PRIVATE KEY", value)
+            return _pem("OPENSSH PRIVATE KEY", value.encode())
         return value
 
     # Docker
@@ -382,14 +502,15 @@ class RehearsalMachine(Machine):
     def _docker(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         if self._docker_is_down():
             return _failed(_DOCKER_DOWN)
-        if words[0] in ("network", "volume", "image") and len(words) > 1:
+        kinds = ("network", "volume", "image", "context", "system", "builder")
+        if words[0] in kinds and len(words) > 1:
             verb, rest = f"{words[0]}_{words[1]}", words[2:]
         else:
             verb, rest = words[0], words[1:]
         model = getattr(self, f"_docker_{verb}", None)
         if model is None:
             raise _Usage("unknown command")
-        return model(rest)
+        return model(rest, input) if verb in ("exec", "cp") else model(rest)
 
     def _docker_ps(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--all", "--no-trunc"], ["--format"])
@@ -467,14 +588,80 @@ class RehearsalMachine(Machine):
 
     def _docker_volume_ls(self, words: list[str]) -> Ran:
         options, operands = _options(words, ["--quiet"], ["--filter"])
-        pattern = options["--filter"].removeprefix("name=")
-        if operands or pattern == options["--filter"]:
-            raise _Usage("docker volume ls without --filter name=")
-        names = [name for name in self.setting("volumes.json", []) if re.search(pattern, name)]
+        key, _, pattern = options["--filter"].partition("=")
+        if operands or key not in ("name", "dangling"):
+            raise _Usage("docker volume ls without --filter name= or dangling=")
+        names = self.setting("volumes.json", [])
+        if key == "dangling":
+            orphans = self.setting("orphans.json", {})
+            names = [name for name in names if name in orphans]
+        else:
+            names = [name for name in names if re.search(pattern, name)]
         return _done("".join(f"{name}\n" for name in names))
 
+    def _docker_volume_inspect(self, words: list[str]) -> Ran:
+        facts = {"Driver": "local", "Labels": None, "Options": None}
+        orphans = self.setting("orphans.json", {})
+        return _done(
+            json.dumps(
+                [
+                    {
+                        "Name": name,
+                        "Mountpoint": f"/var/lib/docker/volumes/{name}/_data",
+                        **facts,
+                        **orphans.get(name, {}),
+                    }
+                    for name in words
+                ]
+            )
+        )
+
+    def _docker_volume_rm(self, words: list[str]) -> Ran:
+        _, (name,) = _options(words)
+        if name not in self.setting("orphans.json", {}):
+            return _failed(f"Error response from daemon: remove {name}: volume is in use - [0a1b]")
+        self.set("volumes.json", [one for one in self.setting("volumes.json", []) if one != name])
+        return _done(f"{name}\n")
+
+    def _docker_image_ls(self, words: list[str]) -> Ran:
+        if words != ["--quiet", "--no-trunc", "--filter", "dangling=true"]:
+            raise _Usage("docker image ls of other than dangling images")
+        return _done("".join(f"{image}\n" for image in self.setting("dangling.json", {})))
+
+    def _docker_image_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker image prune with more than --force")
+        used = {facts.get("Image") for facts in self._all_containers()}
+        images = self.setting("dangling.json", {})
+        self.set("dangling.json", {key: size for key, size in images.items() if key in used})
+        return _done("Total reclaimed space: 1kB\n")
+
+    def _docker_system_df(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{.Type}}={{.Reclaimable}}"]:
+            raise _Usage("docker system df with another format")
+        return _done(f"Images=1GB (50%)\nBuild Cache={self.setting('build-cache', '0B')}\n")
+
+    def _docker_builder_prune(self, words: list[str]) -> Ran:
+        if words != ["--force"]:
+            raise _Usage("docker builder prune with more than --force")
+        size = self.setting("build-cache", "0B")
+        self.set("build-cache", "0B")
+        return _done(f"ID\tRECLAIMABLE\nTotal:\t{size}\n")
+
     def _docker_image_inspect(self, words: list[str]) -> Ran:
-        options, (wanted,) = _options(words, (), ["--format"])
+        options, wanteds = _options(words, (), ["--format"])
+        if options.get("--format") == "{{.Id}} {{.Size}}":
+            sizes = self.setting("dangling.json", {})
+            return _done("".join(f"{one} {sizes[one]}\n" for one in wanteds))
+        (wanted,) = wanteds
+        if options.get("--format") in ("{{.Id}}", "{{json .Config}}"):
+            known = {image.get("name") for _, image in self.docker_world.list("image")}
+            known |= {*self.setting("images.json", []), *self._node_images()}
+            if wanted not in known | {_image_id(image) for image in known if image}:
+                return _failed(f"Error response from daemon: No such image: {wanted}")
+            if options["--format"] == "{{.Id}}":
+                return _done(f"{_image_id(wanted)}\n")
+            return _done(json.dumps(_IMAGE_CONFIG))
         if options.get("--format") != "{{json .RepoDigests}}":
             raise _Usage("docker image inspect with another format")
         for _, image in self.docker_world.list("image"):
@@ -482,16 +669,29 @@ class RehearsalMachine(Machine):
                 return _done(json.dumps([image.get("repoDigest")]))
         return _failed(f"Error response from daemon: No such image: {wanted}")
 
-    def _docker_cp(self, words: list[str]) -> Ran:
-        _, operands = _options(words)
-        if len(operands) != 2 or operands[1] != "-":
-            raise _Usage("docker cp to anything but stdout")
-        container, _, path = operands[0].partition(":")
+    def _docker_cp(self, words: list[str], input: bytes) -> Ran:
+        _, operands = _options(words, ["--archive"])
+        if len(operands) != 2 or "-" not in operands:
+            raise _Usage("docker cp with neither stdin nor stdout")
+        container, _, path = operands[operands[0] == "-"].partition(":")
         found = self._node(container)
         if found is None:
             return _failed(f"Error: No such container:path: {container}:{path}")
         cluster, node = found
-        files = {f"{_K3S}/server": [("server/db/state.db", f"state of {cluster['ca']}".encode())]}
+        if operands[0] == "-":
+            with tarfile.open(fileobj=io.BytesIO(input)) as archive:
+                for member in archive:
+                    held = archive.extractfile(member)
+                    node["layer"][f"{path}{member.name}"] = held.read().decode() if held else ""
+            self._save(cluster)
+            return _done()
+        files = {
+            place: [(os.path.basename(place), text.encode())]
+            for place, text in node.get("layer", {}).items()
+        }
+        if node["role"] == "server" and self._file(self._data(node)).is_dir():
+            tree = self._tree(self._data(node))
+            files[_DATASTORE] = [(f"server/{name}", content) for name, content in tree]
         if "ca" in cluster and node["role"] == "server" and node.get("starts"):
             text = _node_kubeconfig(cluster).encode()
             files["/output/kubeconfig.yaml"] = [("kubeconfig.yaml", text)]
@@ -502,8 +702,14 @@ class RehearsalMachine(Machine):
             )
         return _done(_archive(files[path]))
 
-    def _docker_exec(self, words: list[str]) -> Ran:
-        container, *argv = words
+    def _docker_info(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{json .}}"]:
+            raise _Usage("docker info without --format '{{json .}}'")
+        return _done(json.dumps(_INFO | self.setting("docker-info.json", {})))
+
+    def _docker_exec(self, words: list[str], input: bytes) -> Ran:
+        interactive = words[0] == "--interactive"
+        container, *argv = words[1:] if interactive else words
         found = self._node(container)
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
@@ -511,12 +717,66 @@ class RehearsalMachine(Machine):
         if self._status(cluster, node) != "running":
             return _failed(f"Error response from daemon: container {container} is not running")
         if argv == ["k3s", "--version"]:
-            return _done("k3s version v1.31.5+k3s1 (00000000)\n")
+            return _done(f"k3s version {k3s_version(node['image']) or 'v1.31.5+k3s1'} (00000000)\n")
+        if argv == ["ctr", "--namespace", "k8s.io", "images", "import", "-"] and interactive:
+            node["images"] = [*node.get("images", []), hashlib.sha256(input).hexdigest()]
+            self._save(cluster)
+            return _done()
+        if argv == ["ls", "/opt/cni/bin"]:
+            plugins = node.get("plugins", [])
+            return _done("\n".join(plugins)) if plugins else _failed(f"ls: {argv[1]}: No such file")
+        if argv[0] == "crictl":
+            return self._crictl(argv[1:], cluster)
         if argv[0] != "kubectl":
             raise _Usage(f"docker exec of {argv[0]}")
         if not self._is_open(cluster):
             return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
-        return self._kubectl(argv[1:], b"", cluster)
+        given = input if interactive else b""
+        if argv[1] == "exec":
+            return self._in_pod(argv[2:], given)
+        # Without --interactive, docker exec gives the program no stdin.
+        return self._kubectl(argv[1:], given, cluster)
+
+    def _crictl(self, words: list[str], cluster: Object) -> Ran:
+        images = cluster.get("images", [])
+        match words:
+            case ["images", "--output=json"]:
+                shown = [{k: v for k, v in one.items() if k != "used"} for one in images]
+                return _done(json.dumps({"images": shown}))
+            case ["ps", "--all", "--output=json"]:
+                used = [{"imageRef": one["id"], "image": {}} for one in images if one["used"]]
+                return _done(json.dumps({"containers": used}))
+            case ["rmi", "--prune"]:
+                cluster["images"] = [one for one in images if one["used"]]
+                self.world.put(f"clusters/{cluster['name']}", cluster)
+                return _done()
+        raise _Usage(f"crictl {words}")
+
+    def _in_pod(self, words: list[str], input: bytes) -> Ran:
+        """PostgreSQL's tools in a pod. A dump is its content between two marks."""
+        there, _, argv = (words[: words.index("--")], 0, words[words.index("--") + 1 :])
+        options, (workload,) = _options(there, ["--stdin"], ["--namespace", "--container"])
+        pod = self.setting("databases.json", {}).get(f"{options['--namespace']}/{workload}")
+        if pod is None:
+            kind, _, name = workload.partition("/")
+            return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
+        values = ["--username", "--dbname", "--command", "--format", "--file"]
+        flags = ["--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
+        given, _ = _options(argv[1:], flags, values)
+        if argv[0] == "pg_restore":
+            whole = input.startswith(b"PGDMP ") and input.endswith(b" END")
+            return (
+                _done() if whole else _failed("pg_restore: error: could not read from input file")
+            )
+        database = pod.get(given["--dbname"])
+        if database is None:
+            return _failed(f'FATAL:  database "{given["--dbname"]}" does not exist')
+        if argv[0] == "psql":
+            return _done(f"{len(database['content'])}|{database['rows']}\n")
+        if argv[0] == "pg_dump" and given["--format"] == "custom":
+            end = "" if database.get("cut_off") else " END"
+            return _done(f"PGDMP {database['content']}{end}")
+        raise _Usage(f"kubectl exec of {argv[0]}")
 
     def _docker_top(self, words: list[str]) -> Ran:
         container, *options = words
@@ -531,7 +791,7 @@ class RehearsalMachine(Machine):
         if found is None:
             return _failed(f"Error response from daemon: No such container: {container}")
         cluster, node = found
-        if self._status(cluster, node) == "created":
+        if _ENTRYPOINT not in node.get("layer", {_ENTRYPOINT: ""}):
             # k3d writes its entrypoint into a node before it starts it.
             return _failed(
                 f"Error response from daemon: failed to create task for container {container}: "
@@ -565,14 +825,124 @@ class RehearsalMachine(Machine):
         return _done(f"{container}\n")
 
     def _docker_rm(self, words: list[str]) -> Ran:
-        options, (container,) = _options(words, ["--force"])
+        options, (container,) = _options(words, ["--force", "--volumes"])
+        found = self._node(container)
+        if found and "--volumes" in options:
+            return self._remove_node(*found, force="--force" in options)
         file = self.root / "containers" / f"{container}.json"
         if not file.exists() or "--force" not in options:
             raise _Usage("docker rm of a node, or without --force")
         file.unlink()
         return _done(f"{container}\n")
 
+    def _remove_node(self, cluster: Object, node: Object, *, force: bool) -> Ran:
+        status = self._status(cluster, node)
+        if status in ("running", "restarting") and not force:
+            return _failed(
+                f"Error response from daemon: cannot remove container {node['name']!r}: container "
+                "is running: stop the container before removing or force remove"
+            )
+        self._freeze(cluster)
+        cluster["nodes"].remove(node)
+        volume = self._file(os.path.dirname(self._volume(node)))
+        shutil.rmtree(volume, ignore_errors=True)
+        self._save(cluster)
+        return _done(f"{node['name']}\n")
+
+    def _docker_rename(self, words: list[str]) -> Ran:
+        _, (container, name) = _options(words)
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        if self._container(name):
+            return _failed(f"Error response from daemon: Conflict. The name {name} is in use")
+        cluster, node = found
+        node.setdefault("id", self._facts(cluster, node)["Id"])
+        node["name"] = name
+        self._save(cluster)
+        return _done()
+
+    def _docker_diff(self, words: list[str]) -> Ran:
+        _, (container,) = _options(words)
+        found = self._node(container)
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {container}")
+        layer = found[1].get("layer", {})
+        places = {os.path.dirname(path) for path in layer}
+        lines = [f"C {place}" for place in places] + [f"A {path}" for path in layer]
+        return _done("".join(f"{line}\n" for line in sorted(lines)))
+
+    def _docker_logs(self, words: list[str]) -> Ran:
+        options, (container,) = _options(words, (), ["--tail"])
+        found = self._node(container)
+        if found is None or "--tail" not in options:
+            raise _Usage("docker logs of no node, or without --tail")
+        return _done(found[1].get("log", ""))
+
+    def _docker_pull(self, words: list[str]) -> Ran:
+        _, (image,) = _options(words, ["--quiet"])
+        if image in self.setting("no-pull.json", []):
+            return _failed(f"Error response from daemon: manifest for {image} not found")
+        self.set("images.json", sorted({*self.setting("images.json", []), image}))
+        return _done(f"{image}\n")
+
+    def _docker_context_inspect(self, words: list[str]) -> Ran:
+        if words != ["--format", "{{.Endpoints.docker.Host}}"]:
+            raise _Usage("docker context inspect with another format")
+        return _done("unix:///var/run/docker.sock\n")
+
+    def _create_container(self, name: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        """A container as Docker's API makes it of what `docker inspect` showed of another."""
+        if self._container(name):
+            return 409, f"Conflict. The container name /{name} is already in use"
+        if body["Image"] not in {*self.setting("images.json", []), *self._node_images()}:
+            return 404, f"No such image: {body['Image']}"
+        labels, host = body["Labels"], body["HostConfig"]
+        cluster = self.world.get(f"clusters/{labels['k3d.cluster']}")
+        ((network, endpoint),) = body["NetworkingConfig"]["EndpointsConfig"].items()
+        if cluster is None or endpoint.keys() - {"Aliases", "IPAMConfig"}:
+            raise _Usage("a container of no cluster, or an endpoint with what Docker decides")
+        lacking = {"Entrypoint", "Hostname", "Env"} - body.keys()
+        if lacking or any(one in _IMAGE_CONFIG["Env"] for one in body["Env"]):
+            raise _Usage(f"a node without {lacking or 'an environment of its own image'}")
+        number = self.setting("containers-made", 0) + 1
+        self.set("containers-made", number)
+        node = {
+            "id": self._random(f"container {number}"),
+            "name": name,
+            "role": labels["k3d.role"],
+            "image": body["Image"],
+            "labels": labels,
+            "cmd": body["Cmd"],
+            "env": body["Env"],
+            "binds": host["Binds"],
+            "ports": host["PortBindings"],
+            "network": network,
+            "address": "172.30.0.9",
+            "status": "created",
+            "layer": {},
+        }
+        self._freeze(cluster)
+        cluster["nodes"].insert(0, node)
+        self._save(cluster)
+        return 201, json.dumps({"Id": node["id"], "Warnings": []})
+
     # Containers
+
+    def _node_images(self) -> set[str]:
+        return {node["image"] for cluster in self.clusters() for node in cluster["nodes"]}
+
+    def _volume(self, node: Object) -> str:
+        """Where Docker keeps the node's own volume of /var/lib/rancher/k3s."""
+        return f"/var/lib/docker/volumes/{self._random(node.get('id', node['name']))}/_data"
+
+    def _data(self, node: Object) -> str:
+        """Where the server's datastore is on the host."""
+        for bind in node["binds"]:
+            source, destination = bind.split(":")[:2]
+            if destination == _DATASTORE:
+                return source
+        return f"{self._volume(node)}/server"
 
     def _all_containers(self) -> list[Object]:
         found = [
@@ -616,28 +986,45 @@ class RehearsalMachine(Machine):
             {"Type": "bind", "Source": source, "Destination": destination.split(":")[0]}
             for source, destination in (bind.split(":", 1) for bind in node["binds"])
         ]
-        data = f"/var/lib/docker/volumes/{self._random(node['name'])}/_data"
-        mounts.append({"Type": "volume", "Source": data, "Destination": _K3S})
+        mounts.append({"Type": "volume", "Source": self._volume(node), "Destination": _K3S})
         published = running and node.get("published", True)
         ports: Object = {}
         for port, bound in node["ports"].items():
             # k3d names the API's port without a protocol, and Docker shows it as it was given.
             full = port if "/" in port else f"{port}/tcp"
             ports[full] = ports.get(full, []) + bound if published else None
-        endpoint = {"IPAddress": node["address"] if running else "", "NetworkID": "0"}
+        endpoint = {
+            "IPAddress": node["address"] if running else "",
+            "NetworkID": "0",
+            "Aliases": [node["name"]],
+            "IPAMConfig": None,
+        }
         networks = {} if node.get("disconnected") else {node["network"]: endpoint}
         return {
-            "Id": self._random(f"{node['name']} {cluster['created']}"),
+            "Id": node.get("id") or self._random(f"{node['name']} {cluster['created']}"),
             "Name": f"/{node['name']}",
             "Created": cluster["created"],
-            "Image": "sha256:" + hashlib.sha256(node["image"].encode()).hexdigest(),
+            "Image": _image_id(node["image"]),
             "State": {
                 "Status": status,
                 "Running": running,
                 "StartedAt": _utc(node.get("started", 0)),
             },
-            "Config": {"Image": node["image"], "Cmd": node["cmd"], "Labels": node["labels"]},
-            "HostConfig": {"Binds": node["binds"], "PortBindings": node["ports"]},
+            "Config": {
+                **_IMAGE_CONFIG,
+                "Hostname": f"k3d-{cluster['name']}-server-0",
+                "Entrypoint": [_ENTRYPOINT],
+                "Env": [*node.get("env", []), *_IMAGE_CONFIG["Env"]],
+                "Image": node["image"],
+                "Cmd": node["cmd"],
+                "Labels": node["labels"],
+            },
+            "HostConfig": {
+                "Binds": node["binds"],
+                "PortBindings": node["ports"],
+                "Privileged": True,
+                "RestartPolicy": {"Name": "unless-stopped", "MaximumRetryCount": 0},
+            },
             "Mounts": mounts,
             "NetworkSettings": {"Ports": ports if running else {}, "Networks": networks},
         }
@@ -645,7 +1032,7 @@ class RehearsalMachine(Machine):
     def _node(self, name: str) -> tuple[Object, Object] | None:
         for cluster in self.clusters():
             for node in cluster["nodes"]:
-                if node["name"] == name:
+                if name in (node["name"], self._facts(cluster, node)["Id"]):
                     return cluster, node
         return None
 
@@ -662,14 +1049,45 @@ class RehearsalMachine(Machine):
 
     def _start(self, cluster: Object, node: Object) -> None:
         self._freeze(cluster)
-        node["status"] = "running"
         node["starts"] = node.get("starts", 0) + 1
         node["started"] = self.now()
         node.pop("published", None)
+        ended = self._open_datastore(cluster, node)
+        node["status"] = "restarting" if ended else "running"
+        node["log"] = f"level=fatal msg={ended!r}\n" if ended else ""
         self._save(cluster)
 
+    def _open_datastore(self, cluster: Object, node: Object) -> str | None:
+        """What k3s does with its datastore at a start; why it ends at once."""
+        if not node["name"].endswith("-server-0"):
+            return None
+        layer = node.setdefault("layer", {_ENTRYPOINT: ""})
+        password = layer.setdefault(_PASSWORD, self._random(f"password of {self._volume(node)}"))
+        release = [int(part) for part in re.findall(r"\d+", k3s_version(node["image"]) or "")]
+        tokens = [one for one in node.get("env", []) if one.startswith("K3S_TOKEN=")]
+        opened = {"ca": cluster["ca"], "tokens": tokens, "password": password, "release": release}
+        path = f"{self._data(node)}/db/state.db"
+        if self.stat(path):
+            held = json.loads(self.read(path))
+            if held["tokens"] != tokens:
+                return "bootstrap data already found and encrypted with different token"
+            if held["password"] != password:
+                return "Node password rejected, duplicate hostname"
+            if held["release"] > release:
+                return "the datastore was migrated by a newer release"
+            if node["starts"] == 1:
+                cluster["ca"] = held["ca"]
+            opened["ca"] = cluster["ca"]
+        self.make_directory(os.path.dirname(path), 0o700)
+        # A release that fails has migrated its datastore before.
+        self.write_atomic(path, json.dumps(opened).encode(), 0o600)
+        if node["image"] in self.setting("broken-images.json", []):
+            return "starting kubernetes: preparing server: exit status 1"
+        return None
+
     def _save(self, cluster: Object) -> None:
-        up = all(node["status"] == "running" for node in cluster["nodes"])
+        standing = [node for node in cluster["nodes"] if _NODE_NAME.search(node["name"])]
+        up = any(node["status"] == "running" for node in standing)
         cluster["state"] = "running" if up else "stopped"
         self.world.put(f"clusters/{cluster['name']}", cluster)
 
@@ -774,7 +1192,9 @@ class RehearsalMachine(Machine):
             }
         made = self.setting("clusters-made", 0) + 1
         self.set("clusters-made", made)
+        token = self._random(f"token {name} {made}")
         labels = {
+            "k3d.cluster.token": token,
             "app": "k3d",
             "k3d.cluster": name,
             "k3d.cluster.network": network,
@@ -810,15 +1230,16 @@ class RehearsalMachine(Machine):
             front["ports"].setdefault(inside, []).append(bound)
         for number, node in enumerate(nodes):
             node["address"] = f"172.30.0.{number + 2}"
-            node["status"] = "created" if cut_off else "running"
-            if not cut_off:
-                node |= {"starts": 1, "started": self.now()}
+            node["status"] = "created"
+            node["env"] = [f"K3S_TOKEN={token}"]
+            node["layer"] = {}
+            node["id"] = self._random(f"{node['name']} {made}")
         endpoints = {*there.get("endpoints", []), *(node["name"] for node in nodes)}
         self.docker_world.put(f"network/{network}", {**there, "endpoints": sorted(endpoints)})
         host = config["kubeAPI"]["hostIP"].replace("0.0.0.0", "127.0.0.1")
         cluster = {
             "name": name,
-            "state": "stopped" if cut_off else "running",
+            "state": "stopped",
             "ca": self._certificate(f"CA {name} {made}"),
             "certificate": self._certificate(f"client certificate {name} {made}"),
             "key": self._certificate(f"client key {name} {made}"),
@@ -828,11 +1249,21 @@ class RehearsalMachine(Machine):
             "nodes": nodes,
         }
         self.world.put(f"clusters/{name}", cluster)
+        for node in [] if cut_off else nodes:
+            self._k3d_starts(cluster, node)
         return cluster
 
+    def _k3d_starts(self, cluster: Object, node: Object) -> None:
+        node["layer"] = {_ENTRYPOINT: "#!/bin/sh\n", **node.get("layer", {})}
+        self._start(cluster, node)
+
     def _certificate(self, what: str) -> str:
-        kind = "EC PRIVATE KEY" if "key" in what else "CERTIFICATE"
-        return base64.b64encode(_pem(kind, self._random(what)).encode()).decode()
+        if "key" in what:
+            return base64.b64encode(
+                _pem("EC PRIVATE KEY", self._random(what).encode()).encode()
+            ).decode()
+        # Of no rehearsal's age, so that it never ends in one.
+        return made_up_certificate(self._random(what), "20200101000000Z", "21200101000000Z")
 
     def _new_node(
         self, config: Object, labels: Object, network: str, role: str, number: int
@@ -864,7 +1295,7 @@ class RehearsalMachine(Machine):
             return _failed("FATA[0000] No nodes found for given cluster")
         for node in cluster["nodes"]:
             if self._status(cluster, node) != "running":
-                self._start(cluster, node)
+                self._k3d_starts(cluster, node)
         return _done(f"INFO[0000] Started cluster '{name}'\n")
 
     def _k3d_delete(self, words: list[str]) -> Ran:
@@ -907,6 +1338,7 @@ class RehearsalMachine(Machine):
 
     def _tar(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         flags = ["--create", "--compare", "--list", "--xattrs", "--acls", "--numeric-owner"]
+        flags += ["--extract", "--same-owner", "--same-permissions"]
         options, operands = _options(words, flags, ["--file", "--directory"])
         file = options.get("--file", "")
         if "--create" in options and operands == ["."]:
@@ -915,14 +1347,25 @@ class RehearsalMachine(Machine):
         if "--compare" in options and not operands:
             same = self.read(file) == _archive(self._tree(options["--directory"]))
             return _done() if same else _failed("tar: contents differ")
+        if {"--extract", "--directory", "--same-owner"} <= options.keys() and not operands:
+            with tarfile.open(fileobj=io.BytesIO(self.read(file))) as archive:
+                for member in archive:
+                    held = archive.extractfile(member)
+                    path = f"{options['--directory']}/{member.name}"
+                    self.make_directory(os.path.dirname(path), 0o700)
+                    self.write_atomic(path, held.read() if held else b"", 0o600)
+            return _done()
         if "--list" in options and not operands:
             with tarfile.open(fileobj=io.BytesIO(self.read(file))) as archive:
                 return _done("".join(f"{name}\n" for name in archive.getnames()))
-        raise _Usage("neither --create with ., nor --compare, nor --list")
+        raise _Usage("neither --create with ., nor --compare, --extract or --list")
 
     def _rm(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
-        _, (path,) = _options(words)
-        self._file(path).unlink()
+        options, (path,) = _options(words, ["-r", "-f"])
+        if "-r" in options and "-f" in options:
+            shutil.rmtree(self._file(path), ignore_errors=True)
+        else:
+            self._file(path).unlink()
         return _done()
 
     # kubectl
@@ -967,7 +1410,15 @@ class RehearsalMachine(Machine):
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 
-        return Kubectl(self.root.parent, cluster["ca"], self.now()).run(words, input)
+        pods = self.setting("pods.json", {})
+        return Kubectl(self.root.parent, cluster["ca"], self.now(), pods).run(words, input)
+
+
+_NODE_NAME = re.compile(r"-(server-\d+|agent-\d+|serverlb)$")
+
+
+def _image_id(image: str) -> str:
+    return "sha256:" + hashlib.sha256(image.encode()).hexdigest()
 
 
 _KEYS = {
@@ -1028,9 +1479,31 @@ def _check_keys(value: Any, shape: Any, path: str) -> None:
         raise _Usage(f"{path}: not {shape.__name__}")
 
 
-def _pem(kind: str, content: str) -> str:
+_DOWNLOADED = b"made-up download with the sha256 "
+
+
+def made_up_certificate(subject: str, begins: str, ends: str) -> str:
+    """What a kubeconfig holds of a certificate: base64 of PEM. Only its validity can be read.
+
+    begins, ends: GeneralizedTime (YYYYMMDDHHMMSSZ).
+    """
+    serial, name = _der(0x02, bytes.fromhex(subject[:16])), _der(0x0C, subject.encode())
+    version, algorithm = _der(0xA0, _der(0x02, b"\x02")), _der(0x30, b"")
+    times = _der(0x18, begins.encode()) + _der(0x18, ends.encode())
+    body = version + serial + algorithm + _der(0x30, name) + _der(0x30, times)
+    signed = _der(0x30, _der(0x30, body) + algorithm)
+    return base64.b64encode(_pem("CERTIFICATE", signed).encode()).decode()
+
+
+def _der(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    length = bytes([size]) if size < 128 else b"\x82" + size.to_bytes(2, "big")
+    return bytes([tag]) + length + content
+
+
+def _pem(kind: str, content: bytes) -> str:
     """A PEM block that parses; what is in it is made up."""
-    body = base64.b64encode(content.encode()).decode()
+    body = base64.b64encode(content).decode()
     return f"-----BEGIN {kind}-----\n{body}\n-----END {kind}-----\n"
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 from pulumi.automation.events import EngineEvent, StepEventMetadata
 
+from rehearsal.core import MARKER, REALLY
 from setup.command import resolve, search_path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -137,6 +138,10 @@ class Rehearsal:
     program: the directory of the Pulumi program (Pulumi.yaml and __main__.py).
     faults: what the stand-ins shall do wrong (see rehearsal.core), also to be changed between runs.
     environment: added to each run's.
+    really: let the stand-ins act for real: commands run, on the Docker engine and the API server
+        that the settings name. Cloudflare stays make-believe.
+    within: the words before each command that run it on another machine with the same files, such
+        as nsenter's.
     on_line: called with each line of output as it appears.
     """
 
@@ -146,6 +151,8 @@ class Rehearsal:
     program: Path = CHECKOUT
     faults: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    really: bool = False
+    within: Sequence[str] = ()
     on_line: Callable[[str], None] | None = None
     made_up: list[str] = field(default_factory=list, init=False)
 
@@ -236,9 +243,11 @@ class Rehearsal:
     def start(self, *arguments: str, log: Path | None = None) -> subprocess.Popen[str]:
         """The process of a command, begun and not waited for, leader of its own process group."""
         event_log = ["--event-log", str(log)] if log else []
+        project = self.directory / "project"
+        on_stack = ["--cwd", str(project), "--stack", self.stack, "--non-interactive"]
         return subprocess.Popen(
-            ["pulumi", *arguments, *event_log, "--stack", self.stack, "--non-interactive"],
-            cwd=self.directory / "project",
+            [*self.within, "pulumi", *arguments, *event_log, *on_stack],
+            cwd=project,
             env=self.process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -254,7 +263,7 @@ class Rehearsal:
             **{name: os.environ[name] for name in INHERITED if name in os.environ},
             "PATH": f"{PLUGINS}{os.pathsep}{_tools_path()}",
             "PYTHONPATH": str(CHECKOUT),
-            "HOMELAB_REHEARSAL": str(self.directory),
+            MARKER: str(self.directory),
             "HOMELAB_REHEARSAL_PYTHON": sys.executable,
             "PULUMI_BACKEND_URL": f"file://{self.directory / 'state'}",
             "PULUMI_HOME": str(self.directory / "home"),
@@ -262,6 +271,7 @@ class Rehearsal:
             "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": "true",
             "PULUMI_DEBUG_COMMANDS": "true",  # without it there is no --event-log
             "PULUMI_SKIP_UPDATE_CHECK": "true",
+            **({REALLY: "1"} if self.really else {}),
             **self.environment,
         }
 

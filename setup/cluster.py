@@ -73,6 +73,9 @@ def resolve() -> Rig:
     components = _go_programs(
         "node-components", NODE, COMPONENTS, ["go.mod", "go.sum"], "building them takes 10 minutes"
     )
+    kubectl = _go_programs(
+        "kubectl", NODE, {"kubectl": COMPONENTS["kubectl"]}, ["go.mod"], "the host's", _versioned()
+    )
     stand_in = _go_programs(
         "node-k3s", NODE, {"k3s": "./k3s"}, ["go.mod", "go.sum", "k3s"], "the stand-in for k3s"
     )
@@ -80,7 +83,8 @@ def resolve() -> Rig:
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, components, stand_in),
     )
-    return Rig([k3d.directory, components / "bin"], engine / "bin", root / "root")
+    path = [k3d.directory, kubectl / "bin", components / "bin"]
+    return Rig(path, engine / "bin", root / "root")
 
 
 def _k3d_release(directory: Path) -> str:
@@ -99,8 +103,21 @@ def _k3d_go(directory: Path) -> str:
     return f"built from the Go module {module}"
 
 
+def _versioned() -> str:
+    """The linker's flags for a kubectl that says which it is: hostctl refuses one that does not."""
+    pinned = (NODE / "go.mod").read_text().partition("k8s.io/kubernetes v")[2].split()[0]
+    major, minor, _ = pinned.split(".")
+    version = {"gitVersion": f"v{pinned}", "gitMajor": major, "gitMinor": minor}
+    return " ".join(f"-X k8s.io/component-base/version.{key}={v}" for key, v in version.items())
+
+
 def _go_programs(
-    name: str, module: Path, programs: dict[str, str], sources: list[str], hint: str
+    name: str,
+    module: Path,
+    programs: dict[str, str],
+    sources: list[str],
+    hint: str,
+    flags: str = "",
 ) -> Path:
     """The cache's directory whose bin/ has programs built from a go.mod of the project's own."""
     files = [module / source for source in sources]
@@ -115,7 +132,7 @@ def _go_programs(
         say(f"{name}: {hint}")
         wanted = {directory / "bin" / program: package for program, package in programs.items()}
         # Left for those that are built from the same modules next.
-        tools.go_build(name, module, wanted, static=True, keep=True)
+        tools.go_build(name, module, wanted, flags, static=True, keep=True)
         return f"built from {module.relative_to(CHECKOUT)}/go.mod"
 
     return cache.install(f"{name}-{_digest(content.decode())}", make)

@@ -1,9 +1,7 @@
-"""A k3d cluster: its network and node image by the docker provider, the cluster itself by hostctl
-on the host.
-"""
+"""A k3d cluster: its network by the docker provider, the cluster itself by hostctl on the host."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Any
 
@@ -18,7 +16,7 @@ from components.host import Connection, Host, HostError, result
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
 # wait for the API.
 _SLACK_SECONDS = 900
-# The ceiling of a recreate's backup; it reports its progress.
+# The ceiling of the backup before a recreate or a node swap; it reports its progress.
 _BACKUP_SECONDS = 24 * 3600
 
 
@@ -27,7 +25,9 @@ class LiveCluster:
     """What `hostctl k3d inspect` saw: facts of this moment, read before anything is registered.
 
     The generations and ``incarnation`` stand still while the host agrees with the settings, so that
-    healing once leaves nothing to do (design rule 3); ``identity`` is what the cluster's CA says.
+    healing once leaves nothing to do (design rule 3); that of the acceptance moves on until one is
+    passed. ``identity`` is what the cluster's CA says. ``acceptance`` is the last one: its state,
+    detail and remedy. ``warnings`` have what and remedy.
     """
 
     state: str
@@ -35,35 +35,55 @@ class LiveCluster:
     generation: int
     incarnation: str
     certificate_generation: int
+    image_files: list[dict[str, str]] = field(default_factory=list)
+    """Path and digest of each of ``homelab:cluster.imageFiles``."""
+    acceptance_generation: int = 1
+    acceptance: dict[str, str] | None = None
     differences: list[dict[str, Any]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
     kubeconfig: str | None = field(default=None, repr=False)
     """What up will write, in the preview that finds another certificate in a running cluster."""
 
     @classmethod
-    def read(cls, cluster: settings.Cluster, connection: Connection) -> "LiveCluster":
+    def read(
+        cls, cluster: settings.Cluster, connection: Connection, *, installs_k3d: bool = False
+    ) -> "LiveCluster":
         """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a
         cluster, another maker's cluster), or when a difference cannot be applied to the live
-        cluster and no recreate is confirmed (incident 6).
+        cluster and no recreate is confirmed (incident 6). ``installs_k3d``: up installs it before
+        it is needed.
         """
-        seen = connection.read(["k3d", "inspect"], cluster_spec(cluster))["cluster"]
+        spec = {**cluster_spec(cluster), "installs_k3d": installs_k3d}
+        seen = connection.read(["k3d", "inspect"], spec)["cluster"]
         live = cls(
             state=seen["state"],
             identity=seen["identity"],
             generation=seen["generation"],
             incarnation=seen["incarnation"],
             certificate_generation=seen["certificate_generation"],
+            acceptance_generation=seen["acceptance_generation"],
+            acceptance=seen["acceptance"],
             differences=seen["differences"],
             unseen=seen["unseen"],
+            warnings=seen["warnings"],
             kubeconfig=_rotated_kubeconfig(cluster, connection, seen),
         )
         live.refuse_fixed_differences(cluster)
+        if cluster.image_files:
+            seen = connection.read(["images", "digest"], {"files": list(cluster.image_files)})
+            live = replace(live, image_files=seen["files"])
         return live
 
     @property
     def anew(self) -> bool:
         """Whether up makes the cluster: it is absent, or a confirmed recreate is left to do."""
         return self.state == "absent" or any(one["fixed"] for one in self.differences)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether up swaps the node for one of another image, or finishes that."""
+        return any(one["key"] in ("image", "swap") for one in self.differences)
 
     def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
@@ -81,6 +101,7 @@ class LiveCluster:
         lines = [
             f"  homelab:cluster.{difference['key']}: declared {difference['declared']},"
             f" live {difference['live']}"
+            + (f"; {difference['why']}" if "why" in difference else "")
             for difference in fixed
         ]
         raise HostError(
@@ -93,6 +114,8 @@ class LiveCluster:
 
     def announce(self, cluster: settings.Cluster, host: str) -> None:
         """Says in the preview what up will do to the cluster, and what could not be seen."""
+        for warning in self.warnings:
+            pulumi.log.warn(f"{warning['what']}. Remedy: {warning['remedy']}")
         if self.state == "absent":
             pulumi.log.info(f"cluster {cluster.name} does not exist on {host}: up creates it")
             return
@@ -108,6 +131,11 @@ class LiveCluster:
             pulumi.log.warn(
                 f"cluster {cluster.name}: {difference['key']} is {difference['live']}, declared"
                 f" {difference['declared']}: {remedy}"
+            )
+        if self.acceptance and self.acceptance["state"] != "passed":
+            pulumi.log.warn(
+                f"cluster {cluster.name}: not accepted when it was last changed:"
+                f" {self.acceptance['detail']}: up tries again"
             )
         for unseen in self.unseen:
             pulumi.log.warn(f"cluster {cluster.name}: not seen: {unseen}")
@@ -128,7 +156,9 @@ def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
         },
         "resolvers": list(cluster.resolvers),
         "storage_dir": cluster.storage_dir,
+        "datastore_dir": cluster.datastore_dir,
         "network": {"name": cluster.network.name, "subnet": cluster.network.subnet},
+        "secrets_encryption": cluster.secrets_encryption,
         "k3s_args": list(cluster.k3s_args),
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
@@ -176,6 +206,8 @@ class K3dCluster(pulumi.ComponentResource):
     """Derived from the cluster's own CA certificate: another cluster, another fingerprint."""
     output: pulumi.Output[homelab.Cluster]
     """As consumers of the stack read it."""
+    acceptance: pulumi.Output[homelab.Acceptance]
+    """How the cluster was accepted after its last change."""
 
     def __init__(
         self, name: str, args: K3dClusterArgs, opts: pulumi.ResourceOptions | None = None
@@ -185,10 +217,8 @@ class K3dCluster(pulumi.ComponentResource):
         deletable = cluster.delete == cluster.name
         docker_options = pulumi.ResourceOptions(parent=self, provider=args.docker)
 
-        image = docker.RemoteImage(
-            "node-image", name=cluster.image, keep_locally=True, opts=docker_options
-        )
-        needs: list[pulumi.Resource] = [image]
+        # No RemoteImage: it is replaced with each image, and hostctl pulls before it stops a node.
+        needs: list[pulumi.Resource] = [*args.host.tools]
         if cluster.servers == 1:
             # k3d gives nodes fixed addresses only on a network of its own making, which etcd needs:
             # with more servers it makes it.
@@ -206,7 +236,7 @@ class K3dCluster(pulumi.ComponentResource):
             )
 
         seconds = 2 * cluster.api_wait_seconds + _SLACK_SECONDS
-        if cluster.recreate:
+        if cluster.recreate or args.live.swaps:
             seconds += _BACKUP_SECONDS
         wait = f"{seconds}s"
         ensure = args.host.command(
@@ -234,6 +264,36 @@ class K3dCluster(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
         )
 
+        if args.live.image_files:
+            args.host.command(
+                "images",
+                ["images", "import"],
+                {
+                    "cluster": cluster.name,
+                    "files": args.live.image_files,
+                    "incarnation": args.live.incarnation,
+                    "image": cluster.image,
+                },
+                opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
+            )
+        accept = args.host.command(
+            "acceptance",
+            ["k3d", "accept"],
+            {
+                "name": cluster.name,
+                "acceptance": cluster.acceptance.model_dump(),
+                "generation": args.live.acceptance_generation,
+                # Whatever makes `ensure` change the cluster makes it accepted again.
+                "of": {
+                    **cluster_spec(cluster),
+                    "generation": args.live.generation,
+                    "incarnation": args.live.incarnation,
+                },
+            },
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
+        )
+        self.acceptance = result(accept).apply(lambda seen: _announced(seen["acceptance"]))
+
         # Of a cluster that stays it is known: no edit of how the host is reached, which changes the
         # command above, makes it unknown and a preview threaten to replace what lives in it.
         self.fingerprint = (
@@ -247,10 +307,17 @@ class K3dCluster(pulumi.ComponentResource):
             endpoint=server_url(cluster),
             context=f"k3d-{cluster.name}",
             kubeconfigPath=cluster.kubeconfig.path,
-            storageClass="local-path",
+            storageClass=cluster.storage_class.name,
             k3sVersion=result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
         ).apply(lambda seen: homelab.Cluster(**seen))
         self.register_outputs({"output": self.output})
+
+
+def _announced(answer: dict[str, str]) -> homelab.Acceptance:
+    # A preview says it of the live cluster.
+    if answer["state"] != "passed" and not pulumi.runtime.is_dry_run():
+        pulumi.log.warn(f"{answer['detail']}. Remedy: {answer['remedy']}")
+    return homelab.Acceptance(state=answer["state"], detail=answer["detail"])
 
 
 def server_url(cluster: settings.Cluster) -> str:

@@ -10,6 +10,8 @@ from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
 from components.host import Connection, Host
+from components.storage import LocalStorage, LocalStorageArgs
+from components.units import LiveUnits, Units, UnitsArgs
 
 if TYPE_CHECKING:
     import pulumi_docker as docker
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """A cluster, its output for consumers, and its kubeconfig as text, which is secret."""
+    """A cluster, its output for consumers, its kubeconfig as text, which is secret, and how its
+    acceptance went where its kind has one.
+    """
 
     cluster: Cluster
     output: pulumi.Output[homelab.Cluster]
     kubeconfig: pulumi.Output[str]
+    acceptance: pulumi.Output[homelab.Acceptance] | None = None
 
 
 class Kind(Protocol):
@@ -43,18 +48,21 @@ def read(stack: settings.Settings, connection: Connection) -> Kind:
     if isinstance(stack.cluster, settings.ExistingCluster):
         live = LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, live)
-    return _K3d(stack.cluster, connection)
+    return _K3d(stack, stack.cluster, connection)
 
 
 class _K3d:
     kubeconfig = None
 
-    def __init__(self, cluster: settings.Cluster, connection: Connection) -> None:
+    def __init__(
+        self, stack: settings.Settings, cluster: settings.Cluster, connection: Connection
+    ) -> None:
         # Not above: Docker's package costs time, and only who has a cluster in it pays.
         from components.cluster.k3d import LiveCluster
 
-        self._cluster, self._connection = cluster, connection
-        self._live = LiveCluster.read(cluster, connection)
+        self._stack, self._cluster, self._connection = stack, cluster, connection
+        self._live = LiveCluster.read(cluster, connection, installs_k3d=stack.host.k3d.install)
+        self._units = LiveUnits.read(stack, connection)
 
     @property
     def answers(self) -> bool:
@@ -62,6 +70,7 @@ class _K3d:
 
     def announce(self) -> None:
         self._live.announce(self._cluster, self._connection.name)
+        self._units.announce(self._connection.name)
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
         from components.cluster.k3d import K3dCluster, K3dClusterArgs
@@ -80,7 +89,9 @@ class _K3d:
             incarnation=live.incarnation,
             anew=live.anew,
         )
-        return Declared(cluster, k3d.output, kubeconfig.content)
+        LocalStorage(name, LocalStorageArgs(self._cluster.storage_class, cluster))
+        Units(name, UnitsArgs(self._stack, self._units, host, after=[k3d]))
+        return Declared(cluster, k3d.output, kubeconfig.content, k3d.acceptance)
 
 
 class _Existing:

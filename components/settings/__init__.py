@@ -8,10 +8,18 @@ is allowed, and the remedy.
 """
 
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import Api, Cluster, KubeconfigFile, Network, PublishedPort
+from components.settings.cluster import (
+    Acceptance,
+    Api,
+    Cluster,
+    KubeconfigFile,
+    Network,
+    PublishedPort,
+    StorageClass,
+)
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
-from components.settings.host import Host
+from components.settings.host import Host, K3d
 from components.settings.network import Acme, Lan, MetalLB, Pool, Traefik
 from components.settings.network import Network as LanNetwork
 from components.settings.problem import Problem, SettingsError
@@ -37,8 +45,10 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
+from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
 
 __all__ = [
+    "Acceptance",
     "Access",
     "Acme",
     "Adopt",
@@ -46,6 +56,8 @@ __all__ = [
     "Api",
     "ArgoCD",
     "AuthKey",
+    "Backups",
+    "Cleaning",
     "Cloudflare",
     "Cluster",
     "ClusterConnector",
@@ -54,6 +66,7 @@ __all__ = [
     "ExternalConnector",
     "Host",
     "HostConnector",
+    "K3d",
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
@@ -65,6 +78,7 @@ __all__ = [
     "Operator",
     "Origin",
     "Pool",
+    "PostgresBackup",
     "Problem",
     "PublishedPort",
     "Route",
@@ -73,9 +87,11 @@ __all__ = [
     "SecretType",
     "Settings",
     "SettingsError",
+    "StorageClass",
     "Tailscale",
     "Traefik",
     "Tunnel",
+    "VolumeBackup",
     "auth_key_problem",
     "load",
     "missing_keys",

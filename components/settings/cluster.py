@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from components.settings.model import (
     AbsolutePath,
     Account,
+    Hostname,
     Image,
     Model,
     Number,
@@ -47,6 +48,7 @@ _SHARED = frozenset(
 )
 _OWN_SETTING = {
     "--disable": "homelab:cluster.disable",
+    "--secrets-encryption": "homelab:cluster.secretsEncryption",
     "--resolv-conf": "homelab:cluster.resolvers",
     "--https-listen-port": "homelab:cluster.api.port",
     "--bind-address": "homelab:cluster.api.bind",
@@ -150,6 +152,26 @@ StorageDir = Annotated[
         _usable_for_storage,
     ),
 ]
+DatastoreDir = Annotated[
+    str,
+    Text(
+        "an absolute path of a directory for the datastore alone, beside storageDir, not one of "
+        "the system's such as /, /etc or /var/lib",
+        "leave it out, or name a directory on a disk that is neither slow nor shared",
+        "/mnt/img_pool/k3d/storage-server",
+        r"<storageDir>-server|(?:/[A-Za-z0-9_@+=,.-]+)+",
+        lambda path: path.startswith("<") or _usable_for_storage(path),
+    ),
+]
+StorageClassName = Annotated[
+    str,
+    Text(
+        "the name of a StorageClass other than local-path, which k3s writes itself",
+        "choose a name of lower-case letters, digits and hyphens",
+        "local-retain",
+        r"(?!local-path$)[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?",
+    ),
+]
 K3sArgument = Annotated[
     str,
     Text(
@@ -231,6 +253,21 @@ class PublishedPort(Model):
     protocol: Literal["tcp", "udp"] = Field(default="tcp", description="Transport protocol.")
 
 
+class StorageClass(Model):
+    """The class of volumes in storageDir that a cluster made anew finds again."""
+
+    name: StorageClassName = Field(
+        default="local-retain",
+        description="Name of the StorageClass. Each volume is the directory"
+        " <storageDir>/<namespace>/<claim>, and stays when its claim is deleted.",
+    )
+    default: bool = Field(
+        default=True,
+        description="Whether claims that name no class get this one. k3s marks its own, local-path,"
+        " as default at each start; of several defaults Kubernetes takes the newest.",
+    )
+
+
 class KubeconfigFile(Model):
     """The kubeconfig on the host: a secret, written atomically."""
 
@@ -240,6 +277,25 @@ class KubeconfigFile(Model):
     mode: FileMode = Field(default="0640", description="Mode of the file, in quotes.")
     directory_mode: DirectoryMode = Field(
         default="0750", description="Mode of its directory, in quotes."
+    )
+
+
+class Acceptance(Model):
+    """What a cluster must show after every change of it."""
+
+    name: Hostname = Field(
+        default="registry-1.docker.io",
+        description="External name that a pod must resolve; not the node (incident 5).",
+    )
+    image: Image = Field(
+        default="rancher/mirrored-library-busybox:1.36.1",
+        description="Image of that pod, with sh and busybox's nslookup. Default: what k3s uses for "
+        "volumes.",
+    )
+    required: bool = Field(
+        default=False,
+        strict=True,
+        description="Whether `up` fails, rather than warns, when it is not passed.",
     )
 
 
@@ -253,7 +309,15 @@ class Cluster(Model):
         default="factory",
         description="Name of the cluster and prefix of its node containers. Fixed at creation.",
     )
-    image: Image = Field(description="Node image, pinned. Fixed at creation.")
+    image: Image = Field(
+        description="Node image, pinned. Of a cluster of one node a newer release of k3s, one minor"
+        " version at a time, is swapped in (docs/upgrade.md); otherwise fixed at creation."
+    )
+    image_files: list[AbsolutePath] = Field(
+        default=[],
+        description="Archives of images on the host (docker save), imported into every node; for"
+        " hosts without a registry.",
+    )
     servers: Annotated[
         int,
         Number(
@@ -284,6 +348,20 @@ class Cluster(Model):
         description="Directory of the host that holds the volumes of storage class local-path. "
         "Fixed at creation.",
     )
+    datastore_dir: DatastoreDir = Field(
+        default="<storageDir>-server",
+        validate_default=True,
+        description="Directory of the host, of root alone, that holds each server's datastore and "
+        "certificates; <storageDir> is the directory of the volumes. Fixed at creation; a cluster "
+        "that was made without it gets it with the next node image.",
+    )
+    storage_class: StorageClass = Field(
+        default=StorageClass(), description="The StorageClass that the stack declares."
+    )
+    secrets_encryption: bool = Field(
+        default=False,
+        description="Whether k3s encrypts Secrets in its datastore. Fixed at creation.",
+    )
     network: Network = Field(
         default=Network(),
         validate_default=True,
@@ -307,6 +385,11 @@ class Cluster(Model):
         description="Ceiling for the wait on the API, in seconds; it ends early when the server "
         "stops reading its datastore (incident 4).",
     )
+    acceptance: Acceptance = Field(
+        default=Acceptance(),
+        description="The check after every change of the cluster: its API answers through its "
+        "published port, and a pod resolves an external name.",
+    )
     recreate: ClusterName | None = Field(
         default=None,
         description="The cluster's name, typed: confirms that it is deleted and made anew, after "
@@ -324,8 +407,22 @@ class Cluster(Model):
         name = network.name.replace("<name>", info.data.get("name", "example"))
         return network.model_copy(update={"name": name})
 
+    @field_validator("datastore_dir")
+    @classmethod
+    def _name_datastore(cls, path: str, info: ValidationInfo) -> str:
+        return path.replace("<storageDir>", info.data.get("storage_dir", "/example"))
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong across the fields."""
+        storage, datastore = f"{self.storage_dir}/", f"{self.datastore_dir}/"
+        if storage.startswith(datastore) or datastore.startswith(storage):
+            yield Problem(
+                ("cluster", "datastoreDir"),
+                self.datastore_dir,
+                "a directory that is neither inside storageDir nor around it",
+                f"leave it out, then it is {self.storage_dir}-server",
+                involves=[("cluster", "storageDir")],
+            )
         yield from self._api_problems()
         yield from self._resolver_problems()
         yield from self._port_problems()

@@ -67,6 +67,34 @@ DockerEndpoint = Annotated[
     ),
 ]
 
+ReleaseVersion = Annotated[
+    str,
+    Text(
+        "three numbers such as 5.8.3, without a v",
+        "write the version as k3d's releases name it",
+        "5.8.3",
+        r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}",
+    ),
+]
+Sha256 = Annotated[
+    str,
+    Text(
+        "64 hexadecimal digits in lower case",
+        "copy it from checksums.txt of the release",
+        "0123456789abcdef" * 4,
+        r"[0-9a-f]{64}",
+    ),
+]
+DownloadUrl = Annotated[
+    str,
+    Text(
+        "http:// or https:// with host and path, without user or password",
+        "write the address of the file itself; what is there is checked by its sha256",
+        "https://mirror.example.org/k3d-linux-amd64",
+        r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~+-]+)+",
+    ),
+]
+
 
 def _docker_of(host: dict[str, Any]) -> str:
     if host.get("connection") != "ssh" or not host.get("address"):
@@ -74,6 +102,50 @@ def _docker_of(host: dict[str, Any]) -> str:
     address = host["address"]
     user = f"{host['user']}@" if host.get("user") else ""
     return f"ssh://{user}{f'[{address}]' if ':' in address else address}:{host.get('port', 22)}"
+
+
+class K3d(Model):
+    """The k3d that the stack installs for its own use, below /var/lib/homelab/bin."""
+
+    install: bool = Field(
+        default=False,
+        strict=True,
+        description="Install k3d, verified by its sha256; with nothing else given, the release that"
+        " hostctl pins.",
+    )
+    version: ReleaseVersion | None = Field(
+        default=None, description="Another version, together with its sha256."
+    )
+    sha256: Sha256 | None = Field(
+        default=None,
+        description="The sha256 of that version's file for the host's architecture.",
+    )
+    url: DownloadUrl | None = Field(
+        default=None, description="Where the file is, in place of k3d's releases on github.com."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong across the fields."""
+        k3d = ("host", "k3d")
+        if (self.version is None) != (self.sha256 is None):
+            missing = "sha256" if self.sha256 is None else "version"
+            yield Problem(
+                (*k3d, missing),
+                None,
+                "version and sha256 together, or neither for the release that hostctl pins",
+                "copy it from checksums.txt of the release: nothing is installed unverified",
+                "is missing",
+                [(*k3d, "version"), (*k3d, "sha256")],
+            )
+        if not self.install and any((self.version, self.sha256, self.url)):
+            yield Problem(
+                (*k3d, "install"),
+                self.install,
+                "true, where a version, sha256 or url is given",
+                "set it to true, or remove them",
+                "leaves them without effect",
+                [(*k3d, "version"), (*k3d, "sha256"), (*k3d, "url")],
+            )
 
 
 class Host(Model):
@@ -123,6 +195,15 @@ class Host(Model):
         default="/var/lib/homelab/hostctl",
         description="Where hostctl, the program that runs on the host, is installed.",
     )
+    k3d: K3d = Field(
+        default=K3d(), description="Whether and which k3d the stack installs on the host."
+    )
+    init: Literal["auto", "systemd", "nixos", "truenas", "none"] = Field(
+        default="auto",
+        description="What starts the cluster at boot, cleans and backs up: units of `systemd`, a"
+        " module to import on `nixos`, init script and cron jobs of `truenas`, or `none`. `auto`"
+        " looks what the host has.",
+    )
     secret_files: Literal["host", "here"] = Field(
         default="host",
         description="Which machine reads the files of Secrets: the `host` (agenix, sops-nix), or"
@@ -131,6 +212,7 @@ class Host(Model):
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong across the fields."""
+        yield from self.k3d.problems()
         connection = ("host", "connection")
         if self.connection == "ssh":
             if self.address is None:

@@ -32,6 +32,7 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
+from components.settings.upkeep import Backups, Cleaning
 from components.settings.validation import validated
 
 _BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "kube-system"})
@@ -97,6 +98,10 @@ class Settings(Model):
     tailscale: Annotated[Tailscale | None, BeforeValidator(_empty_is_none)] = Field(
         default=None, description="How the cluster joins the tailnet; not at all where left out."
     )
+    cleaning: Cleaning = Field(
+        default=Cleaning(), description="Removal of what nothing references, on the host."
+    )
+    backups: Backups = Field(default=Backups(), description="Scheduled backups, on the host.")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -178,6 +183,8 @@ class Settings(Model):
         yield from self._hostname_problems()
         yield from self._access_problems()
         yield from self._route_namespace_problems()
+        known = frozenset(self.declared_namespaces()) | _BUILT_IN_NAMESPACES
+        yield from self.backups.problems(known)
 
     def _secrets_by_path(self) -> Iterator[tuple[Path, DeclaredSecret]]:
         for namespace, secrets in self.secrets.items():

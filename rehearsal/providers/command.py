@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
 
 from rehearsal.core import (
+    REALLY,
     UNKNOWN,
     Checked,
     Diff,
@@ -129,7 +130,7 @@ class Command(Provider):
                 if before.get(name):
                     environment["PULUMI_COMMAND_" + name.upper()] = before[name]
         stdin = inputs.get("stdin") or ""
-        if os.environ.get("HOMELAB_REHEARSAL_RUN") == "1":
+        if os.environ.get(REALLY) == "1":
             interpreter = inputs.get("interpreter") or ["/bin/sh", "-c"]
             result = _really_run([*interpreter, command], stdin, environment, inputs.get("dir"))
         else:

@@ -1,28 +1,25 @@
 """Stand-in for the docker provider: Network, Volume, Container and RemoteImage.
 
-World (`world/docker/`): `network/<name>`, `volume/<name>`, `container/<name>`, `image/<name>`, each
-an object's outputs. A network's `endpoints` lists what else is attached to it, by name, as k3d's
-nodes are; with an endpoint it cannot be removed. A file `unreachable` there stands for a daemon
-that does not answer.
-
-The rules are those of the Docker engine and of terraform-provider-docker 3, as far as the
-recordings show them and, for RemoteImage and for what goes wrong, as their sources tell.
+The rules are those of terraform-provider-docker 3, as far as the recordings show them and, for
+RemoteImage and for what goes wrong, as its sources tell. What is there, a daemon holds, by default
+a make-believe one: see :mod:`rehearsal.daemon`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import secrets
-from ipaddress import ip_network
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rehearsal.core import (
+    REALLY,
     UNKNOWN,
     Checked,
     Diff,
     DiffKind,
-    Exists,
     Failure,
+    Log,
     Properties,
     Request,
     compare,
@@ -30,15 +27,9 @@ from rehearsal.core import (
     plain,
     serve,
 )
+from rehearsal.daemon import CONTAINER, IMAGE, NETWORK, VOLUME, Daemon, MakeBelieveDaemon, names
 from rehearsal.providers.bridged import Bridged, normal, present
 from rehearsal.schemas import Schema
-
-NETWORK = "docker:index/network:Network"
-VOLUME = "docker:index/volume:Volume"
-CONTAINER = "docker:index/container:Container"
-IMAGE = "docker:index/remoteImage:RemoteImage"
-
-_KINDS = {NETWORK: "network", VOLUME: "volume", CONTAINER: "container", IMAGE: "image"}
 
 # Defaults that the bridge puts into the inputs. It leaves out defaults that are null or zero.
 _DEFAULTS: dict[str, Properties] = {
@@ -61,29 +52,25 @@ _NESTED_DEFAULTS: dict[str, Properties] = {
 }
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # What a change of which replaces: the `stables` of the recordings.
 _REPLACES: dict[str, frozenset[str]] = {
-    NETWORK: _names(
+    NETWORK: names(
         "attachable driver ingress internal ipamConfigs ipamDriver ipamOptions ipv6 labels name "
         "options"
     ),
-    VOLUME: _names("driver driverOpts labels name"),
-    CONTAINER: _names(
+    VOLUME: names("driver driverOpts labels name"),
+    CONTAINER: names(
         "capabilities cgroupParent cgroupnsMode command cpus deviceRequests devices dns dnsOpts "
         "dnsSearches domainname entrypoints envs gpus groupAdds hostname hosts image ipcMode "
         "labels logDriver logOpts mounts name networkMode networksAdvanced pidMode platform ports "
         "privileged publishAllPorts readOnly runtime securityOpts shmSize stdinOpen stopSignal "
         "stopTimeout storageOpts sysctls tty ulimits uploads user usernsMode volumes workingDir"
     ),
-    IMAGE: _names("build name platform pullTriggers triggers"),
+    IMAGE: names("build name platform pullTriggers triggers"),
 }
 
 # Terraform's sets: their order means nothing.
-_SETS = _names(
+_SETS = names(
     "capabilities devices dns dnsOpts dnsSearches envs groupAdds hosts labels mounts "
     "networksAdvanced pullTriggers securityOpts ulimits uploads volumes ipamConfigs"
 )
@@ -158,8 +145,6 @@ _REPLACING: dict[DiffKind, DiffKind] = {
     "UPDATE": "UPDATE_REPLACE",
 }
 
-_BUILT_IN_MODES = ("bridge", "host", "none", "default")
-
 
 class Docker(Bridged):
     """The docker provider."""
@@ -172,14 +157,18 @@ class Docker(Bridged):
         "supports_autonaming_configuration": True,
     }
 
+    def __init__(self, directory: Path, log: Log | None = None) -> None:
+        super().__init__(directory, log)
+        self.daemon: Daemon = MakeBelieveDaemon(self.world)
+
     def configure(self, args: Properties) -> None:
-        if (self.world.root / "unreachable").exists() and (
-            plain(args.get("disableDockerDaemonCheck")) not in (True, "true")
-        ):
-            raise Failure(
-                "docker native provider returned an unexpected error from Configure: "
-                "failed to connect to any docker daemon"
-            )
+        args = plain(args)
+        if os.environ.get(REALLY) == "1":
+            from rehearsal.real.daemon import RealDaemon
+
+            self.daemon = RealDaemon(args)
+        if args.get("disableDockerDaemonCheck") not in (True, "true"):
+            self.daemon.ping()
 
     def check(self, request: Request) -> Checked:
         inputs = self._defaulted(
@@ -251,23 +240,12 @@ class Docker(Bridged):
         if has_unknown(request.news):
             raise Failure("an input is unknown outside a preview")
         request.news = plain(request.news)
-        name = request.news["name"]
-        try:
-            if request.type == NETWORK:
-                return self._create_network(request, name)
-            if request.type == VOLUME:
-                return self._create_volume(request, name)
-            if request.type == CONTAINER:
-                return self._create_container(request, name)
-            return self._create_image(request, name)
-        except Exists:
-            raise self._conflict(request.type, name) from None
+        return self.daemon.create(request.type, self._outputs(request, ""))
 
     def read(self, request: Request) -> tuple[str, Properties, Properties] | None:
-        found = self._find(request)
-        if found is None:
+        thing = self.daemon.find(request.type, request.id, plain(request.olds))
+        if thing is None:
             return None
-        _, thing = found
         properties = self._as_read(request.type, thing)
         # What only the provider keeps, the daemon does not know.
         for name in self._kept_by_the_provider(request.type):
@@ -285,102 +263,11 @@ class Docker(Bridged):
         }
         if request.preview:
             return outputs
-        found = self._find(request)
-        if found is None:
-            kind = _KINDS[request.type]
-            raise _failed(f"Error response from daemon: No such {kind}: {request.id}")
-        key, thing = found
-        self.world.put(key, {**thing, **plain(outputs)})
+        self.daemon.update(request.type, request.id, plain(request.olds), plain(outputs))
         return outputs
 
     def delete(self, request: Request) -> None:
-        found = self._find(request)
-        if found is None:
-            return
-        key, thing = found
-        if request.type == NETWORK:
-            attached = [*thing.get("endpoints", []), *self._containers_on(thing["name"])]
-            if attached:
-                raise _failed(
-                    f"Unable to remove network: Error response from daemon: error while removing "
-                    f"network: network {thing['name']} id {thing['id']} has active endpoints "
-                    f"({', '.join(attached)})"
-                )
-        elif request.type == VOLUME:
-            users = [c["name"] for _, c in self.world.list("container") if _mounts(c, key)]
-            if users:
-                raise _failed(
-                    f"Error response from daemon: remove {thing['name']}: volume is in use - "
-                    f"[{', '.join(users)}]"
-                )
-        elif request.type == IMAGE:
-            if plain(request.olds.get("keepLocally")):
-                return
-            users = [c for _, c in self.world.list("container") if c["image"] == thing["name"]]
-            if users and not plain(request.olds.get("forceRemove")):
-                raise _failed(
-                    f"Unable to remove Docker image: Error response from daemon: conflict: unable "
-                    f'to remove repository reference "{thing["name"]}" (must force) - container '
-                    f"{users[0]['id'][:12]} is using its referenced image"
-                )
-        self.world.delete(key)
-
-    def _create_network(self, request: Request, name: str) -> tuple[str, Properties]:
-        id = secrets.token_hex(32)
-        outputs = self._outputs(request, id)
-        networks = [network for _, network in self.world.list("network")]
-        if not outputs["ipamConfigs"]:
-            outputs["ipamConfigs"] = [_free_subnet(networks)]
-        for config in outputs["ipamConfigs"]:
-            for other in networks:
-                if other["name"] != name and _overlaps(config, other["ipamConfigs"]):
-                    raise _failed(
-                        "Unable to create network: Error response from daemon: Pool overlaps with "
-                        "other one on this address space"
-                    )
-        self.world.create(f"network/{name}", {**outputs, "endpoints": []}, id)
-        return id, outputs
-
-    def _create_volume(self, request: Request, name: str) -> tuple[str, Properties]:
-        outputs = self._outputs(request, name)
-        outputs["mountpoint"] = f"/var/lib/docker/volumes/{name}/_data"
-        there = self.world.get(f"volume/{name}")
-        # The daemon answers a request for a volume that exists with that volume.
-        if there is None:
-            self.world.create(f"volume/{name}", outputs, name)
-        elif there["driver"] != outputs["driver"]:
-            raise self._conflict(VOLUME, name)
-        return name, outputs
-
-    def _create_container(self, request: Request, name: str) -> tuple[str, Properties]:
-        id = secrets.token_hex(32)
-        outputs = self._outputs(request, id)
-        outputs["hostname"] = outputs["hostname"] or id[:12]
-        names = [network["name"] for network in outputs["networksAdvanced"]]
-        mode = outputs["networkMode"]
-        if mode not in _BUILT_IN_MODES and not mode.startswith("container:"):
-            names.append(mode)
-        for network in names:
-            if self.world.get(f"network/{network}") is None:
-                raise _failed(
-                    f"Unable to create container: Error response from daemon: network {network} "
-                    f"not found"
-                )
-        outputs["networkDatas"] = _addresses(mode)
-        self.world.create(f"container/{name}", outputs, id)
-        return id, outputs
-
-    def _create_image(self, request: Request, name: str) -> tuple[str, Properties]:
-        digest = "sha256:" + hashlib.sha256(name.encode()).hexdigest()
-        repository, _, pinned = name.partition("@")
-        outputs = self._outputs(request, digest + name)
-        outputs["imageId"] = digest
-        outputs["repoDigest"] = f"{repository.rpartition(':')[0] or repository}@{pinned or digest}"
-        key = f"image/{name}"
-        # To pull an image that is there is no error.
-        if self.world.get(key) is None:
-            self.world.create(key, outputs, digest + name)
-        return digest + name, outputs
+        self.daemon.delete(request.type, request.id, plain(request.olds))
 
     def _outputs(self, request: Request, id: str) -> Properties:
         """The outputs that inputs make: in a preview what is computed is unknown."""
@@ -439,45 +326,6 @@ class Docker(Bridged):
             return ("forceRemove", "keepLocally", "pullTriggers", "triggers")
         return ()
 
-    def _find(self, request: Request) -> tuple[str, Properties] | None:
-        """The object with this id; by name too, which is what one imports."""
-        kind = _KINDS[request.type]
-        found = self.world.find(request.id, kind)
-        if found is None and request.type != CONTAINER:
-            thing = self.world.get(f"{kind}/{request.id}")
-            found = None if thing is None else (f"{kind}/{request.id}", thing)
-        return found
-
-    def _containers_on(self, network: str) -> list[str]:
-        return [
-            container["name"]
-            for _, container in self.world.list("container")
-            if container["networkMode"] == network
-            or any(joined["name"] == network for joined in container["networksAdvanced"])
-        ]
-
-    def _conflict(self, token: str, name: str) -> Failure:
-        if token == NETWORK:
-            return _failed(
-                f"Unable to create network: Error response from daemon: network with name {name} "
-                f"already exists"
-            )
-        if token == CONTAINER:
-            there = self.world.get(f"container/{name}") or {"id": ""}
-            return _failed(
-                f"Unable to create container: Error response from daemon: Conflict. The container "
-                f'name "/{name}" is already in use by container "{there["id"]}". You have to '
-                f"remove (or rename) that container to be able to reuse that name."
-            )
-        return _failed(
-            f"Unable to create volume: Error response from daemon: create {name}: conflict: volume "
-            f"name must be unique"
-        )
-
-
-def _failed(message: str) -> Failure:
-    return Failure(f"1 error occurred:\n\t* {message}\n\n")
-
 
 def _automatic_name(request: Request) -> str:
     if "name" in request.olds.get("__defaults", []) and "name" in request.olds:
@@ -503,53 +351,6 @@ def _zero(spec: Properties) -> Any:
     return {"string": "", "boolean": False, "integer": 0, "number": 0, "array": []}.get(
         spec.get("type", "")
     )
-
-
-def _overlaps(config: Properties, others: list[Properties]) -> bool:
-    if not config.get("subnet"):
-        return False
-    subnet = ip_network(config["subnet"])
-    return any(subnet.overlaps(ip_network(o["subnet"])) for o in others if o.get("subnet"))
-
-
-def _free_subnet(networks: list[Properties]) -> Properties:
-    for second in range(18, 32):
-        config = {
-            "auxAddress": None,
-            "gateway": f"172.{second}.0.1",
-            "ipRange": "",
-            "subnet": f"172.{second}.0.0/16",
-        }
-        if not any(_overlaps(config, network["ipamConfigs"]) for network in networks):
-            return config
-    raise _failed(
-        "Unable to create network: Error response from daemon: could not find an available, "
-        "non-overlapping IPv4 address pool among the defaults to assign to the network"
-    )
-
-
-def _addresses(mode: str) -> list[Properties]:
-    if mode not in ("bridge", "default"):
-        return []
-    return [
-        {
-            "gateway": "172.17.0.1",
-            "globalIpv6Address": "",
-            "globalIpv6PrefixLength": 0,
-            "ipAddress": "172.17.0.2",
-            "ipPrefixLength": 16,
-            "ipv6Gateway": "",
-            "macAddress": "02:42:ac:11:00:02",
-            "networkName": "bridge",
-        }
-    ]
-
-
-def _mounts(container: Properties, key: str) -> bool:
-    volume = key.removeprefix("volume/")
-    return any(
-        mounted.get("volumeName") == volume for mounted in container.get("volumes") or []
-    ) or any(mount.get("source") == volume for mount in container.get("mounts") or [])
 
 
 if __name__ == "__main__":

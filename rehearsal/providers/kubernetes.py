@@ -1,10 +1,11 @@
 """The stand-in of pulumi-kubernetes 4.34.2: any plain kind and `helm.sh/v3:Release`.
 
-It asks :class:`rehearsal.apiserver.ApiServer` what the official provider asks the real one.
+It asks a :class:`rehearsal.apiserver.Api` what the official provider asks the API server: the
+make-believe one, or with HOMELAB_REHEARSAL_RUN=1 the real one that the kubeconfig names.
 Rules and texts come from the provider's source (github.com/pulumi/pulumi-kubernetes, provider/pkg)
 and from the recordings that tests/unit/test_golden.py replays.
 
-World, below `<rehearsal>/world/kubernetes/`:
+World of the make-believe one, below `<rehearsal>/world/kubernetes/`:
   <cluster>/<namespace or _cluster>/<Kind.group>/<name>.json
       one live object; edit it to make drift
   ready.json
@@ -42,6 +43,7 @@ from rehearsal.apiserver import (
     CLUSTER_SCOPED,
     KUBERNETES,
     MISSING,
+    Api,
     ApiError,
     ApiServer,
     FieldPath,
@@ -60,6 +62,7 @@ from rehearsal.apiserver import (
     words,
 )
 from rehearsal.core import (
+    REALLY,
     UNKNOWN,
     Checked,
     Diff,
@@ -347,6 +350,7 @@ _AWAITED_ON_READ = _AWAITED - {"PersistentVolume", "PersistentVolumeClaim"}
 _TIMEOUT_SECONDS = 600.0
 
 
+_NO_CHART = "the stand-in installs no chart in a real cluster: leave out the Release"
 _NO_CLUSTER = (
     "unable to load Kubernetes client configuration from kubeconfig file. Make sure you have: \n\n"
     " \t • set up the provider as per "
@@ -389,13 +393,20 @@ def _active_cluster(config: Object, overrides: Properties) -> Object | None:
     )
 
 
+def _active_user(config: Object, context: Object) -> Object:
+    """The user entry that a kubeconfig's context names; one without is nobody."""
+    wanted = context.get("user")
+    users = config.get("users") or ()
+    return next((u.get("user") or {} for u in users if u.get("name") == wanted), {})
+
+
 def cluster_id(authority: str) -> str:
     """The world's name of the cluster with this CA certificate (base64, as a kubeconfig has it)."""
     return hashlib.sha256(base64.b64decode(authority)).hexdigest()[:16]
 
 
 class Kubernetes(Provider):
-    """The provider: checks, differences and state as the official one, on an :class:`ApiServer`."""
+    """The provider: checks, differences and state as the official one, on an :class:`Api`."""
 
     package = "kubernetes"
     version = "4.34.2"
@@ -405,7 +416,7 @@ class Kubernetes(Provider):
         "supports_autonaming_configuration": True,
     }
 
-    api: ApiServer | None = None
+    api: Api | None = None
     """The cluster; None while it is unreachable."""
     unreachable = "the provider is not configured"
     default_namespace = "default"
@@ -490,16 +501,25 @@ class Kubernetes(Provider):
             return
         context = _context(config, args) or {}
         self.default_namespace = args.get("namespace") or context.get("namespace") or "default"
-        cluster = self._reached(_active_cluster(config, args))
-        if cluster is not None:
+        entry = _active_cluster(config, args)
+        if entry is None or not entry.get("server"):
+            self.unreachable = _NO_CLUSTER
+        elif os.environ.get(REALLY) == "1":
+            self._really_reach(entry, _active_user(config, context))
+        elif (cluster := self._reached(entry)) is not None:
             self.api, self.unreachable = ApiServer(self.world, cluster), ""
 
-    def _reached(self, entry: Object | None) -> str | None:
+    def _really_reach(self, entry: Object, user: Object) -> None:
+        from rehearsal.real.apiserver import RealApiServer, Unreachable
+
+        try:
+            self.api, self.unreachable = RealApiServer(entry, user), ""
+        except Unreachable as error:
+            self._explain_unreachable(str(error))
+
+    def _reached(self, entry: Object) -> str | None:
         """The world's cluster that a kubeconfig's cluster entry reaches; None says why not."""
-        server = (entry or {}).get("server", "")
-        if entry is None or not server:
-            self.unreachable = _NO_CLUSTER
-            return None
+        server = entry["server"]
         recorded = entry.get("insecure-skip-tls-verify") and server == "https://127.0.0.1:16443"
         if recorded or os.environ.get("HOMELAB_REHEARSAL_CLUSTER") == "any":
             return "default"
@@ -518,13 +538,14 @@ class Kubernetes(Provider):
             reason = (
                 "tls: failed to verify certificate: x509: certificate signed by unknown authority"
             )
-        self.unreachable = (
-            "unable to load schema information from the API server: "
-            f'Get "{server}/openapi/v2?timeout=32s": {reason}'
-        )
+        self._explain_unreachable(f'Get "{server}/openapi/v2?timeout=32s": {reason}')
         return None
 
-    def _server(self) -> ApiServer:
+    def _explain_unreachable(self, reason: str) -> None:
+        text = "unable to load schema information from the API server: "
+        self.unreachable = text + reason
+
+    def _server(self) -> Api:
         if self.api is None:
             raise Failure(f"configured Kubernetes cluster is unreachable: {self.unreachable}")
         return self.api
@@ -540,6 +561,8 @@ class Kubernetes(Provider):
             )
             return Checked(request.olds)
         if request.type == _RELEASE:
+            if os.environ.get(REALLY) == "1":
+                raise Failure(_NO_CHART)
             return self._check_release(request)
         token = request.type.rsplit(":", 1)[-1]
         new = _object(request.news)
@@ -708,7 +731,7 @@ class Kubernetes(Provider):
             raise InitFailed(message, id, state, {}, [message, *reasons[1:]])
         return id, _checkpoint(new, api.get(live), request.news, manager)
 
-    def _make(self, api: ApiServer, request: Request, new: Object, manager: str) -> Object:
+    def _make(self, api: Api, request: Request, new: Object, manager: str) -> Object:
         """Create the object; its namespace or definition may come while this tries again."""
         waits = iter(RETRY_SECONDS)
         while True:
@@ -778,9 +801,7 @@ class Kubernetes(Provider):
             raise InitFailed(message, _full_name(live), state, {}, [message, *reasons[1:]])
         return state
 
-    def _change(
-        self, api: ApiServer, request: Request, old: Object, new: Object, manager: str
-    ) -> Object:
+    def _change(self, api: Api, request: Request, old: Object, new: Object, manager: str) -> Object:
         live = api.get(old)
         if _is_crd(new):
             return api.replace(new, manager, request.preview)
@@ -803,7 +824,7 @@ class Kubernetes(Provider):
         if not timeout:
             timeout = float(annotated) if annotated.isdigit() else _TIMEOUT_SECONDS
         began = time.monotonic()
-        while not self._ready(live, time.monotonic() - began):
+        while not self._server().ready(live, time.monotonic() - began):
             if time.monotonic() - began >= timeout:
                 if live["kind"] in ("DaemonSet", "PersistentVolume", "PersistentVolumeClaim"):
                     return ["timed out waiting for the condition"]
@@ -811,16 +832,6 @@ class Kubernetes(Provider):
                 return [text, *_unready_reasons(live)]
             time.sleep(min(0.2, timeout))
         return []
-
-    def _ready(self, live: Object, waited: float) -> bool:
-        kind, metadata = live["kind"], live["metadata"]
-        key = f"{kind}/{metadata.get('namespace', '')}/{metadata['name']}"
-        addressed = kind == "Ingress" or live.get("spec", {}).get("type") == "LoadBalancer"
-        if addressed and self.api is not None:
-            status = self.api.get(live).get("status") or {}
-            addressed = not (status.get("loadBalancer") or {}).get("ingress")
-        stated = (self.world.get("ready") or {}).get(key, "never" if addressed else 0)
-        return stated != "never" and waited >= stated
 
     # Read, delete
 
@@ -852,7 +863,9 @@ class Kubernetes(Provider):
             inputs["metadata"].setdefault("namespace", namespace)
         try:
             live = self.api.get(inputs)
-        except ApiError:
+        except ApiError as error:
+            if error.reason not in ("NotFound", "NoMatch"):
+                raise Failure(str(error)) from None
             return None
         if imported:
             inputs = _normalized(copied({k: v for k, v in live.items() if k != "status"}))
@@ -865,7 +878,7 @@ class Kubernetes(Provider):
             not imported
             and live["kind"] in _AWAITED_ON_READ
             and _annotation(inputs, "skipAwait") != "true"
-            and not self._ready(live, _TIMEOUT_SECONDS)
+            and not self.api.ready(live, _TIMEOUT_SECONDS)
         ):
             text = f"Resource '{name}' was created but failed to initialize"
             reasons = [text, *_unready_reasons(live)]
@@ -994,7 +1007,9 @@ class Kubernetes(Provider):
             replaces=[_written(p) for p, kind in detailed.items() if kind.endswith("REPLACE")],
         )
 
-    def _release_key(self, api: ApiServer, release: Properties) -> str:
+    def _release_key(self, api: Api, release: Properties) -> str:
+        if not isinstance(api, ApiServer):
+            raise Failure(_NO_CHART)
         return f"{api.cluster}/{release['namespace']}/Release.helm.sh/{release['name']}"
 
     def _create_release(self, request: Request) -> tuple[str, Properties]:
@@ -1040,7 +1055,7 @@ class Kubernetes(Provider):
                 },
             }
 
-    def _put_definitions(self, api: ApiServer, release: Properties) -> None:
+    def _put_definitions(self, api: Api, release: Properties) -> None:
         for definition in self._definitions(release):
             try:
                 api.create(definition, "helm")
@@ -1126,15 +1141,16 @@ class Kubernetes(Provider):
                 f"{json.dumps(self.unreachable, ensure_ascii=False)}"
             )
         release = plain(request.olds)
-        if not self.world.delete(self._release_key(self.api, release)):
+        key = self._release_key(self.api, release)
+        if not self.world.delete(key):
             raise Failure(f"uninstall: Release not loaded: {release['name']}: release: not found")
         for definition in self._definitions(release):
             spec = definition["spec"]
             suffix = f"{spec['names']['kind']}.{spec['group']}"
             # With a definition go all of its kind.
-            for key, _ in list(self.world.list(self.api.cluster)):
-                if key.split("/")[2] == suffix:
-                    self.world.delete(key)
+            for one, _ in list(self.world.list(key.partition("/")[0])):
+                if one.split("/")[2] == suffix:
+                    self.world.delete(one)
             self.api.delete(definition)
 
 

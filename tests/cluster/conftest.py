@@ -1,8 +1,6 @@
 """Fixtures of the tests that run hostctl on a real Docker: see README.md."""
 
-import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 from setup import cluster
 from setup.cache import SetupError
 from tests.cluster.engine import NODE_IMAGE, Engine, engine
+from tests.cluster.host import Host
 
 REQUIRED = "HOMELAB_CLUSTER_TESTS_REQUIRED"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -49,39 +48,6 @@ def docker(session_engine: Engine) -> Iterator[Engine]:
     yield session_engine
     session_engine.start()
     session_engine.clean()
-
-
-class Host:
-    """hostctl as a person runs it on the host of an engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.program = engine.root / "hostctl.py"
-        text = engine.run([sys.executable, "-m", "hostctl.program"], cwd=CHECKOUT).stdout
-        self.program.write_text(text)
-
-    def argv(self, *verb: str) -> list[str]:
-        """The command line of a verb: host.argv("k3d", "ensure")."""
-        return [sys.executable, str(self.program), *verb]
-
-    def __call__(self, *verb: str, spec: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """The result of a verb; what it said meanwhile is in `said`."""
-        done = self.engine.run(self.argv(*verb), input=json.dumps(spec), check=False, **options)
-        self.said = done.stderr
-        try:
-            return json.loads(done.stdout)
-        except ValueError:
-            raise AssertionError(f"hostctl {verb}: {done.stdout!r}\n{done.stderr}") from None
-
-    def done(self, *verb: str, spec: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """The result of a verb that must succeed."""
-        result = self(*verb, spec=spec, **options)
-        assert result["ok"], f"{result['error']}\n{self.said}"
-        return result
-
-    def kubectl(self, *words: str, node: str = "k3d-factory-server-0", input: str = "") -> str:
-        """What kubectl in a node prints."""
-        return self.engine.docker("exec", "-i", node, "kubectl", *words, input=input)
 
 
 @pytest.fixture

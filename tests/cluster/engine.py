@@ -177,11 +177,14 @@ class Engine:
         """Starts a program on the host. Killing what this returns is a kill -9 of that program, and
         of no other that it started."""
         environment = {**self.environment, **options.pop("env", {})}
-        enter = ["nsenter", f"--target={self.init}", "--mount", "--net", "--pid"]
-        where = options.pop("cwd", None)
-        enter += [f"--wd={where}"] if where else []
-        command = [*enter, "--", "setpriv", "--pdeathsig", "KILL", *argv]
+        command = [*self.enter(options.pop("cwd", None)), *argv]
         return subprocess.Popen[bytes](command, env=environment, **options)
+
+    def enter(self, where: str | Path | None = None) -> list[str]:
+        """The words before a command that run it on the host, in a directory."""
+        enter = ["nsenter", f"--target={self.init}", "--mount", "--net", "--pid"]
+        enter += [f"--wd={where}"] if where else []
+        return [*enter, "--", "setpriv", "--pdeathsig", "KILL"]
 
     def run(
         self,
@@ -298,6 +301,19 @@ class Engine:
         listed = self.docker("ps", "-a", "--format", '{{.Label "k3d.cluster"}}')
         return sorted(set(listed.split()))
 
+    @contextlib.contextmanager
+    def events(self) -> Iterator["Events"]:
+        """What dockerd does, from now on."""
+        row = "{{.Type}} {{.Action}}\t{{.Actor.ID}}\t{{.Actor.Attributes.name}}"
+        # Since now: what happens before the question has reached dockerd is told too.
+        argv = ["docker", "events", f"--since={time.time():.9f}", "--format", row]
+        following = self.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            yield Events(following)
+        finally:
+            following.kill()
+            following.communicate()
+
     def clean(self) -> None:
         """Removes all containers, networks and volumes, what was written on the host, and the
         resolver."""
@@ -331,6 +347,23 @@ class Engine:
             text = _RUNC.format(runc=runc)
         (self.root / "runc").write_text(text)
         (self.root / "runc").chmod(0o755)
+
+
+class Events:
+    """The events of a dockerd."""
+
+    def __init__(self, following: subprocess.Popen[bytes]) -> None:
+        self._following = following
+
+    def until(self, step: str) -> str:
+        """Waits for the next event such as "container start" and returns the id of what it is
+        about. k3d's helper containers do not count."""
+        assert self._following.stdout
+        for line in self._following.stdout:
+            action, subject, name = line.decode().rstrip("\n").split("\t")
+            if action == step and not name.endswith("-tools"):
+                return subject
+        raise AssertionError(f"dockerd ended before {step}")
 
 
 def _remove(root: Path) -> None:

@@ -160,7 +160,8 @@ def a_namespace_less(p510):
 # The cluster
 
 
-@edit("update Command cluster")
+# The bounds of the start at boot follow it.
+@edit("update Command cluster", "update Command acceptance", "update Command units")
 def a_longer_wait_for_the_api(p510):
     with p510.edited() as settings:
         settings["cluster"]["apiWaitSeconds"] = 3600
@@ -309,20 +310,77 @@ def test_files_with_secrets_that_move_leave_nothing_behind(p510):
 def test_what_is_fixed_at_creation_is_refused_with_the_two_ways_out(p510):
     """Incidents 6 and 9."""
     with p510.edited() as settings:
-        settings["cluster"]["image"] = "rancher/k3s:v1.32.3-k3s1"
+        settings["cluster"]["image"] = "rancher/k3s:v1.33.1-k3s1"
         settings["cluster"]["api"]["port"] = 6550
     preview = p510.preview(check=False)
     assert preview.code != 0
     (error,) = errors(preview)
     assert "2 setting(s) differ from the live cluster and are fixed" in error
     assert (
-        "homelab:cluster.image: declared rancher/k3s:v1.32.3-k3s1, live rancher/k3s:v1.31.5-k3s1"
+        "homelab:cluster.image: declared rancher/k3s:v1.33.1-k3s1, live rancher/k3s:v1.31.5-k3s1"
         in error
     )
     assert "homelab:cluster.api.port: declared 6550, live 6443" in error
     assert "write the live value into the stack file" in error
     assert "homelab:cluster.recreate: factory" in error
     assert planned(preview) == set()
+
+
+def test_a_newer_node_image_is_one_update_and_the_cluster_stays(p510):
+    with p510.edited() as settings:
+        settings["cluster"]["image"] = "rancher/k3s:v1.32.3-k3s1"
+    cluster, identity = p510.cluster_file, p510.objects.name
+    before = {str(path) for path in p510.objects.rglob("*.json")}
+    preview = p510.preview()
+    assert planned(preview) == {"update Command cluster"}
+    assert "declared rancher/k3s:v1.32.3-k3s1: up swaps the node" in preview.stdout
+    assert planned(p510.up()) == {"update Command cluster"}
+    assert planned(p510.preview()) == set()
+    assert p510.objects.name == identity
+    assert {str(path) for path in p510.objects.rglob("*.json")} == before
+    (node,) = json.loads(cluster.read_text())["nodes"]
+    assert node["image"] == "rancher/k3s:v1.32.3-k3s1"
+    assert p510.outputs()["cluster"]["k3sVersion"] == "v1.32.3+k3s1"
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        ("rancher/k3s:v1.30.9-k3s1", "k3s does not go back to an older version"),
+        ("rancher/k3s:v1.33.1-k3s1", "k3s goes up one minor version at a time"),
+    ],
+)
+def test_a_downgrade_and_a_skipped_minor_version_are_refused(p510, image, why):
+    with p510.edited() as settings:
+        settings["cluster"]["image"] = image
+    preview = p510.preview(check=False)
+    (error,) = errors(preview)
+    assert why in error
+    assert "allowed is v1.31.5 or newer of v1.31, or any v1.32" in error
+    assert planned(preview) == set()
+
+
+def test_a_node_image_that_does_not_come_up_fails_and_is_refused_from_then_on(p510):
+    with p510.edited() as settings:
+        settings["cluster"]["image"] = "rancher/k3s:v1.32.3-k3s1"
+    identity = p510.objects.name
+    (p510.world / "machine" / "broken-images.json").write_text('["rancher/k3s:v1.32.3-k3s1"]')
+    up = p510.up(check=False)
+    assert "The cluster is back on rancher/k3s:v1.31.5-k3s1" in up.stdout + up.stderr
+    assert p510.objects.name == identity
+    preview = p510.preview(check=False)
+    (error,) = errors(preview)
+    assert "hostctl k3d retry factory" in error
+
+
+def test_images_of_files_are_imported_once(p510):
+    p510.write_file("/var/lib/homelab/images/airgap.tar", "layers")
+    with p510.edited() as settings:
+        settings["cluster"]["imageFiles"] = ["/var/lib/homelab/images/airgap.tar"]
+    assert planned(p510.up()) == {"create Command images"}
+    assert planned(p510.preview()) == set()
+    p510.write_file("/var/lib/homelab/images/airgap.tar", "other layers")
+    assert planned(p510.up()) == {"update Command images"}
 
 
 def test_all_unusable_secret_files_are_named_at_once_and_never_their_content(p510):

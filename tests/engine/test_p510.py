@@ -78,9 +78,10 @@ def test_the_outputs_are_the_contract(brought_up):
             "endpoint": "https://127.0.0.1:6443",
             "context": "k3d-factory",
             "kubeconfigPath": "/etc/k3d/kubeconfig",
-            "storageClass": "local-path",
+            "storageClass": "local-retain",
             "k3sVersion": "v1.31.5+k3s1",
         },
+        "acceptance": {"state": "passed", "detail": "a pod resolves registry-1.docker.io"},
         "namespaces": ["argocd", "factory", "fides", "fides-reporter", "tailscale"],
         "argocd": {
             "repository": "https://github.com/olafkfreund/factory-gitops",
@@ -150,6 +151,8 @@ def test_destroy_is_refused_whole_until_the_names_are_typed_and_then_leaves_no_o
     # Incident 10, and what the host needs without Pulumi.
     assert p510.host_file("/mnt/img_pool/k3d/storage").is_dir()
     assert p510.host_file("/var/lib/homelab/hostctl").exists()
+    assert list(p510.host_file("/etc/systemd/system").iterdir()) == []
+    assert_order(destroy, "Command::units", "Command::cluster")
 
     p510.up()
     assert urns(p510) == state

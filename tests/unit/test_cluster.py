@@ -8,12 +8,15 @@ from typing import Any
 
 import pulumi
 import pulumi_docker as docker
+import pulumi_kubernetes as kubernetes
 import pytest
 
 from components import settings
+from components.cluster import Cluster
 from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster, server_url
 from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
 from components.host import Connection, Host, HostError
+from components.storage import LocalStorage, LocalStorageArgs
 from tests.unit.conftest import UNKNOWN
 
 IMAGE = "rancher/k3s:v1.31.5-k3s1"
@@ -42,6 +45,8 @@ def answers(args: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"ok": True}
     if verb == "k3d ensure":
         result["cluster"] = {"k3s_version": "v1.31.5+k3s1"}
+    elif verb == "k3d accept":
+        result["acceptance"] = {"state": "passed", "detail": "a pod resolves it", "remedy": ""}
     elif verb == "k3d identity":
         result["identity"] = "factory-0123456789abcdef"
     elif verb == "kubeconfig":
@@ -63,17 +68,13 @@ def register(run_program):
     return run
 
 
-def test_network_and_image_come_before_the_cluster(register):
+def test_the_network_comes_before_the_cluster(register):
     resources = register(cluster(), live())
     network = resources["Network", "network"]
     assert network.inputs["name"] == "k3d-factory"
     assert network.inputs["ipamConfigs"] == [{"subnet": "172.30.0.0/16", "gateway": "172.30.0.1"}]
     assert network.protect
-    image = resources["RemoteImage", "node-image"]
-    assert (image.inputs["name"], image.inputs["keepLocally"]) == (IMAGE, True)
-    assert {("Network", "network"), ("RemoteImage", "node-image")} <= resources[
-        "Command", "cluster"
-    ].depends_on
+    assert ("Network", "network") in resources["Command", "cluster"].depends_on
 
 
 def test_with_several_servers_k3d_makes_the_network_itself(register):
@@ -95,6 +96,8 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         api={"bind": "100.64.0.1", "port": 7443},
         resolvers=["9.9.9.9"],
         storage_dir="/data/k3d",
+        datastore_dir="/ssd/k3d",
+        secrets_encryption=True,
         k3s_args=["--kubelet-arg=max-pods=200"],
         ports=[{"host_port": 8080, "container_port": 80}],
         api_wait_seconds=60,
@@ -109,6 +112,8 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         "api": {"bind": "100.64.0.1", "port": 7443, "server_name": None},
         "resolvers": ["9.9.9.9"],
         "storage_dir": "/data/k3d",
+        "datastore_dir": "/ssd/k3d",
+        "secrets_encryption": True,
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
         "k3s_args": ["--kubelet-arg=max-pods=200"],
         "ports": [
@@ -209,6 +214,50 @@ def test_an_edit_of_how_the_host_is_reached_does_not_touch_the_identity(register
     assert identifier(live()) == "factory-0123456789abcdef"
     assert identifier(live(state="absent", identity=None)) == UNKNOWN
     assert identifier(live(differences=[{**MOVED, "key": "image"}])) == UNKNOWN
+    swapped = live(differences=[{**MOVED, "key": "image", "fixed": False}])
+    assert identifier(swapped) == "factory-0123456789abcdef"
+
+
+def test_a_swap_of_the_node_has_time_for_its_backup(register):
+    swapped = live(differences=[{**MOVED, "key": "image", "fixed": False}])
+    timeouts = register(cluster(), swapped)["Command", "cluster"].timeouts
+    assert int(timeouts["update"][:-1]) > 24 * 3600
+    usual = register(cluster(), live())["Command", "cluster"].timeouts
+    assert int(usual["update"][:-1]) < 2 * 3600
+
+
+def test_images_of_files_are_imported_after_the_cluster_and_only_then(register):
+    assert ("Command", "images") not in register(cluster(), live())
+    files = [{"path": "/srv/a.tar", "sha256": "0" * 64}]
+    made = register(cluster(), live(image_files=files))["Command", "images"]
+    assert json.loads(made.inputs["stdin"]) == {
+        "cluster": "factory",
+        "files": files,
+        "incarnation": "ab12cd34-1",
+        "image": IMAGE,
+    }
+    assert ("Command", "cluster") in made.depends_on
+
+
+def test_the_storage_class_keeps_volumes_at_a_path_that_a_new_cluster_finds(run_program):
+    """local-path-provisioner refuses a pattern without the slash at its end (CVE-2025-62878)."""
+
+    def program() -> None:
+        provider = kubernetes.Provider("kubernetes", kubeconfig=KUBECONFIG)
+        host = Host("p510", Connection(settings.Host()))
+        identity = kubernetes.core.v1.Namespace("identity")
+        inside = Cluster("factory", provider, identity, "/etc/k3d/kubeconfig", host, "1")
+        LocalStorage("factory", LocalStorageArgs(cluster().storage_class, inside))
+
+    made = run_program(program)["StorageClass", "local-retain"]
+    assert made.inputs["parameters"] == {"pathPattern": "{{ .PVC.Namespace }}/{{ .PVC.Name }}/"}
+    assert made.inputs["provisioner"] == "rancher.io/local-path"
+    assert made.inputs["reclaimPolicy"] == "Retain"
+    assert made.inputs["volumeBindingMode"] == "WaitForFirstConsumer"
+    annotations = made.inputs["metadata"]["annotations"]
+    assert annotations["storageclass.kubernetes.io/is-default-class"] == "true"
+    assert made.parent == ("LocalStorage", "factory")
+    assert made.deleted_with == ("Namespace", "identity")
 
 
 def test_the_preview_of_a_rotated_certificate_knows_the_kubeconfig(register):
@@ -241,7 +290,8 @@ def test_the_administrators_key_travels_only_for_the_preview_of_a_rotation(
         verbs.append(verb)
         facts = {"differences": [], "unseen": [], "kubeconfig_behind": True, "state": "running"}
         fixed = {"identity": "i", "generation": 1, "incarnation": "m-1"}
-        answer = {**facts, **fixed, "certificate_generation": 2, **changes}
+        accepted = {"acceptance": None, "acceptance_generation": 1, "warnings": []}
+        answer = {**facts, **fixed, **accepted, "certificate_generation": 2, **changes}
         return {"cluster": answer, "kubeconfig": KUBECONFIG}
 
     monkeypatch.setattr(Connection, "read", read)

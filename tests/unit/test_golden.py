@@ -300,10 +300,10 @@ def _request_type(method: str) -> Any:
 @pytest.fixture
 def replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Replay]]:
     """Makes replays, each in a rehearsal of its own; commands really run there."""
-    monkeypatch.setenv("HOMELAB_REHEARSAL_RUN", "1")
     made: list[Replay] = []
 
     def make(package: str) -> Replay:
+        monkeypatch.setenv(core.REALLY, "1" if package == "command" else "")
         directory = tmp_path / package
         (directory / "world" / package).mkdir(parents=True)
         made.append(Replay(package, directory, values=dict(GIVEN.get(package, {}))))

@@ -68,10 +68,10 @@ def test_every_required_secret_of_the_settings_is_known():
 
     def collect(schema: Any) -> None:
         if isinstance(schema, dict):
-            properties = schema.get("properties", {})
-            required.update(
-                name for name in schema.get("required", []) if properties[name].get("writeOnly")
-            )
+            properties, names = schema.get("properties", {}), schema.get("required", [])
+            # A setting may be called `required`, too.
+            if isinstance(names, list):
+                required.update(name for name in names if properties[name].get("writeOnly"))
             for part in schema.values():
                 collect(part)
 

@@ -30,10 +30,12 @@ from components.cluster.k3d import cluster_spec, server_url
 from components.secrets import _requests
 from components.settings import Settings, SettingsError, schema
 from components.settings.model import Rule, Text
+from components.units import units_spec
 from hostctl import spec as hostctl_spec
 from hostctl.argocd import APPLY_SPEC, RESOLVE_SPEC
 from hostctl.files import FILES_SPEC, KUBECONFIG_SPEC, WRITE_SPEC
 from hostctl.spec import checked
+from hostctl.units import units_spec as units_spec_of_hostctl
 from rehearsal.run import with_made_up_secrets
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +306,8 @@ CLUSTERS = st.fixed_dictionaries(
         ),
         "resolvers": st.lists(st.ip_addresses().map(str), min_size=1, max_size=3),
         "storageDir": leaves("cluster.storage_dir", "/mnt/a@b,c=d+e"),
+        "datastoreDir": leaves("cluster.datastore_dir", "/mnt/a", "<storageDir>-server"),
+        "secretsEncryption": st.booleans(),
         "network": some(
             name=leaves("cluster.network.name"),
             subnet=st.sampled_from(["10.0.0.0/16", "172.30.0.0/16", "192.168.7.0/24"]),
@@ -400,6 +404,47 @@ class TestWhatTheHostTakes:
             "content": "made-up",
         }
         checked(token, WRITE_SPEC, "files write")
+
+    @profile(max_examples=150, deadline=None, suppress_health_check=SLOW)
+    @given(
+        host=st.fixed_dictionaries({"hostctl": leaves("host.hostctl", "/mnt/tank/a@b,c=d+e")}),
+        storage=leaves("cluster.storage_dir", "/mnt/.hidden/x"),
+        schedules=st.tuples(leaves("cleaning.schedule"), leaves("backups.schedule")),
+        items=st.dictionaries(
+            leaves("namespaces"),
+            st.fixed_dictionaries(
+                {
+                    "kind": st.just("volume"),
+                    "namespace": st.just("default"),
+                    "claim": leaves("backups.items.claim"),
+                    "scaleDown": leaves("backups.items.scale_down"),
+                }
+            )
+            | st.fixed_dictionaries(
+                {
+                    "kind": st.just("postgres"),
+                    "namespace": st.just("default"),
+                    "workload": leaves("backups.items.workload", "pod/db-1"),
+                    "container": leaves("backups.items.container"),
+                    "database": leaves("backups.items.database"),
+                    "user": leaves("backups.items.user"),
+                    "staleAfterHours": st.integers(1, 87600),
+                }
+            ),
+            max_size=3,
+        ),
+    )
+    def test_every_schedule_and_backup(
+        self, host: Any, storage: str, schedules: tuple[str, str], items: Any
+    ) -> None:
+        config = {
+            "host": host,
+            "cluster": IMAGE | {"storageDir": storage},
+            "cleaning": {"schedule": schedules[0]},
+            "backups": {"schedule": schedules[1], "items": items},
+        }
+        assume(refusal(config) is None)
+        units_spec_of_hostctl(units_spec(parse(config)) | {"generation": 1}, "units install")
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

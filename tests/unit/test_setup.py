@@ -45,7 +45,7 @@ def machine(tmp_path, monkeypatch):
 # A Go that "builds" the engine: it writes a program that answers as the engine does.
 GO = """
 while [ "$1" != -o ]; do shift; done
-printf '#!/bin/sh\\necho v3.259.0\\n' > "$2/pulumi"; chmod +x "$2/pulumi"
+printf '#!/bin/sh\\necho v3.259.0\\n' > "$2"; chmod +x "$2"
 """
 
 

@@ -1,0 +1,114 @@
+"""What runs on the host when Pulumi has left: the cluster's start at boot, cleaning and backups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pulumi
+
+from components import settings
+from components.host import Connection, Host, result
+
+# What the start may take beside the wait for the API: the bind address, and starting containers.
+_SLACK_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class LiveUnits:
+    """What `hostctl units status` saw. The generation stands still while the host has what is
+    declared (design rule 3).
+    """
+
+    init: str
+    generation: int
+    failed: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, stack: settings.Settings, connection: Connection) -> "LiveUnits":
+        """Asks the host. Raises HostError when the host has no init that hostctl knows."""
+        seen = connection.read(["units", "status"], units_spec(stack))
+        return cls(
+            init=seen["init"],
+            generation=seen["generation"],
+            failed=seen["failed"],
+            notes=seen["notes"],
+            unseen=seen["unseen"],
+        )
+
+    def announce(self, host: str) -> None:
+        """Warns of what failed since somebody last looked, with the remedy (incident 17)."""
+        for failed in self.failed:
+            pulumi.log.warn(
+                f"{failed['unit']} on {host} has failed: {failed['result']}."
+                f" Remedy: {failed['remedy']}"
+            )
+        for note in self.notes:
+            pulumi.log.warn(f"units on {host}: {note}")
+        for unseen in self.unseen:
+            pulumi.log.warn(f"not seen on {host}: {unseen}")
+
+
+def units_spec(stack: settings.Settings) -> dict[str, Any]:
+    """The settings as `hostctl units status` and `install` take them."""
+    cluster, backups = stack.cluster, stack.backups
+    if not isinstance(cluster, settings.Cluster):
+        raise TypeError(f"cluster {cluster.name} has no host whose units these were")
+    return {
+        "cluster": cluster.name,
+        "hostctl": stack.host.hostctl,
+        "init": stack.host.init,
+        "storage_dir": cluster.storage_dir,
+        "start_seconds": cluster.api_wait_seconds + _SLACK_SECONDS,
+        "clean": _schedule(stack.cleaning.schedule),
+        "backup": _schedule(backups.schedule),
+        "keep": backups.keep,
+        "items": [
+            {"name": name, **item.model_dump(mode="json")} for name, item in backups.items.items()
+        ],
+    }
+
+
+def _schedule(schedule: str) -> str | None:
+    return None if schedule == "never" else schedule
+
+
+@dataclass(frozen=True)
+class UnitsArgs:
+    """``live`` is what the host holds now; ``after`` must be up before the start is tried."""
+
+    settings: settings.Settings
+    live: LiveUnits
+    host: Host
+    after: Sequence[pulumi.Resource]
+
+
+class Units(pulumi.ComponentResource):
+    """The host's units of a cluster, one Command around `hostctl units install`; `destroy` removes
+    them, and leaves the backups.
+    """
+
+    installed: pulumi.Output[list[str]]
+    """Names of the units that the host runs."""
+
+    def __init__(
+        self, name: str, args: UnitsArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("homelab:index:Units", name, None, opts)
+        spec = units_spec(args.settings)
+        # The start is tried once, in the unit's own bounds.
+        wait = f"{spec['start_seconds'] + _SLACK_SECONDS}s"
+        install = args.host.command(
+            "units",
+            ["units", "install"],
+            {**spec, "generation": args.live.generation},
+            delete=["units", "remove"],
+            opts=pulumi.ResourceOptions(
+                parent=self,
+                depends_on=list(args.after),
+                custom_timeouts=pulumi.CustomTimeouts(create=wait, update=wait),
+            ),
+        )
+        self.installed = result(install).apply(lambda seen: seen["units"])
+        self.register_outputs({"installed": self.installed})
