@@ -1,7 +1,7 @@
 """`make bench`: the figures of the project, each with its target, as one table.
 
-Exits with 1 when a target is missed. All runs are rehearsals: nothing real is touched, and what
-they leave is removed.
+Exits with 1 when a target is missed. Nothing of this machine is touched: runs are rehearsals, or
+have a Docker engine of their own (tests/cluster); what they leave is removed.
 """
 
 import argparse
@@ -12,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from bench import growth, preview, settings
+from bench import cluster, growth, preview, settings
 from bench.figure import Figure, say, table
 from rehearsal.run import RehearsalError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=["preview", "growth", "settings"], help="these alone")
+    parser.add_argument(
+        "--only", choices=["preview", "growth", "settings", "cluster"], help="these alone"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small stacks, few rounds; no verdict, exits with 0"
     )
@@ -59,6 +61,7 @@ def _whole(directory: Path, full: bool) -> Benchmarks:
         "preview": lambda: preview.figures(directory / "preview", rounds=7),
         "growth": lambda: growth.figures(directory / "growth", sizes, first_ups),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=5),
+        "cluster": lambda: cluster.figures(directory / "cluster", rounds=5),
     }
 
 
@@ -68,6 +71,7 @@ def _quick(directory: Path) -> Benchmarks:
         "preview": lambda: preview.figures(directory / "preview", rounds=2),
         "growth": lambda: growth.figures(directory / "growth", sizes, [5, 50]),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=2),
+        "cluster": lambda: cluster.figures(directory / "cluster", rounds=1),
     }
 
 
