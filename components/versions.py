@@ -22,6 +22,8 @@ CLOUDFLARED = "cloudflare/cloudflared:2025.8.1"
 CURL = (
     "curlimages/curl:8.11.1@sha256:c1fe1679c34d9784c1b0d1e5f62ac0a79fca01fb6377cdd33e90473c6f9f9a69"
 )
+# The image that k3s itself brings for its volumes.
+LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
 BUSYBOX = "docker.io/library/busybox:1.37.0"
 
 METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from components import versions
 from components.settings.model import (
     AbsolutePath,
     Account,
@@ -288,7 +289,7 @@ class Acceptance(Model):
         description="External name that a pod must resolve; not the node (incident 5).",
     )
     image: Image = Field(
-        default="rancher/mirrored-library-busybox:1.36.1",
+        default=versions.LOOKUP,
         description="Image of that pod, with sh and busybox's nslookup. Default: what k3s uses for "
         "volumes.",
     )
