@@ -331,10 +331,11 @@ def test_a_newer_node_image_is_one_update_and_the_cluster_stays(p510):
         settings["cluster"]["image"] = "rancher/k3s:v1.32.3-k3s1"
     cluster, identity = p510.cluster_file, p510.objects.name
     before = {str(path) for path in p510.objects.rglob("*.json")}
+    changes = {"update Command cluster", "update Command acceptance"}
     preview = p510.preview()
-    assert planned(preview) == {"update Command cluster"}
+    assert planned(preview) == changes
     assert "declared rancher/k3s:v1.32.3-k3s1: up swaps the node" in preview.stdout
-    assert planned(p510.up()) == {"update Command cluster"}
+    assert planned(p510.up()) == changes
     assert planned(p510.preview()) == set()
     assert p510.objects.name == identity
     assert {str(path) for path in p510.objects.rglob("*.json")} == before

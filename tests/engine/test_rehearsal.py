@@ -135,7 +135,7 @@ def test_a_rehearsal_whose_second_up_changes_something_fails(checkout):
 def test_a_stack_that_is_not_there_is_named_with_those_that_are(checkout):
     ran = rehearse(checkout, "p511")
     assert ran.returncode == 1
-    assert "Pulumi.p511.yaml; there are the stacks: p510" in ran.stderr
+    assert "Pulumi.p511.yaml; there are the stacks: metal, p510" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
