@@ -3,6 +3,7 @@
 import json
 import queue
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -53,6 +54,10 @@ class Host:
     def begin(self, *verb: str, spec: dict[str, Any]) -> "Running":
         """Begins a verb that the test goes on beside."""
         return Running(self, verb, spec)
+
+    def pipe(self, argv: list[str], into: list[str]) -> None:
+        """Runs a program with another one's output."""
+        self.engine.run(["sh", "-c", f"{shlex.join(argv)} | {shlex.join(into)}"])
 
     def kubectl(self, *words: str, node: str = "k3d-factory-server-0", input: str = "") -> str:
         """What kubectl in a node prints."""

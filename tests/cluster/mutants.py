@@ -130,6 +130,11 @@ MUTANTS = {
         "    free = machine.free_bytes(target)\n",
         "    free = needed\n",
     ),
+    "volumes-with-a-name-are-orphans": Mutant(
+        "test_incident_11_cleaning_takes_what_nothing_references_and_nothing_else",
+        "        if not _is_anonymous(facts):\n            continue\n",
+        "",
+    ),
     "a-seed-is-applied": Mutant(
         "test_incident_08_a_secret_that_the_cluster_rotated_is_not_written_again",
         '    arguments = ["create", f"--field-manager={FIELD_MANAGER}", "--filename=-",'

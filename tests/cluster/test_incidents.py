@@ -369,6 +369,45 @@ def test_incident_11_a_full_disk_refuses_a_recreate_and_harms_nothing(
     factory.assert_kept()
 
 
+def test_incident_11_cleaning_takes_what_nothing_references_and_nothing_else(factory: Factory):
+    host, engine = factory.host, factory.host.engine
+    clean = {"name": "factory"}
+    # Of another cluster that sleeps: its node with a volume, of an image that lost its tag.
+    engine.build("worn", 'FROM node\nLABEL age="old"\nVOLUME /data')
+    engine.docker(
+        "create", "--name", "other", "--label", "k3d.cluster=other", "worn", "sleep", "300"
+    )
+    engine.build("worn", 'FROM node\nLABEL age="new"')
+    engine.build("worn", 'FROM node\nLABEL age="newer"')
+    named = engine.docker("volume", "create", "by-a-person")
+    orphan = engine.docker("volume", "create")
+    used = "docker.io/library/used:1"
+    for image in (used, "docker.io/library/unused:1"):
+        engine.build(image, "FROM node")
+        host.pipe(
+            ["docker", "save", image], ["docker", "exec", "-i", NODE, "ctr", "image", "import", "-"]
+        )
+    host.kubectl("run", "user", f"--image={used}", "--restart=Never")
+
+    would = host.done("clean", spec={**clean, "dry_run": True})
+    assert engine.docker("volume", "ls", "--quiet", "--filter", f"name={orphan}") == orphan
+    did = host.done("clean", spec=clean)
+    for found in (would, did):
+        assert [one["name"] for one in found["volumes"]] == [orphan]
+        assert [one["name"] for one in found["nodes"][NODE]] == ["docker.io/library/unused:1"]
+        assert len(found["images"]) == 1
+    volumes = engine.docker("volume", "ls", "--quiet").split()
+    assert named in volumes
+    assert orphan not in volumes
+    assert engine.docker("start", "other") == "other"
+
+    # A node that is stopped is left alone, with its volumes.
+    engine.docker("stop", NODE)
+    asleep = host.done("clean", spec=clean)
+    assert (asleep["skipped"], asleep["volumes"]) == ([NODE], [])
+    factory.assert_kept()
+
+
 # 8, 14, 17: what lives in the cluster
 
 

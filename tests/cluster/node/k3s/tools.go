@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,7 +41,8 @@ func keepImages(names []string) error {
 	return write(imageList, string(content), 0o644)
 }
 
-// crictl knows `images` and `rmi --prune`, which forgets the images that no pod of the cluster uses.
+// crictl knows `images`, `images --output=json`, `ps --all --output=json` (a container of each image
+// that a pod of the cluster names) and `rmi --prune`, which forgets the images that no pod uses.
 func crictl(arguments []string) error {
 	names, err := images()
 	if err != nil {
@@ -52,20 +54,26 @@ func crictl(arguments []string) error {
 			fmt.Println(name)
 		}
 		return nil
+	case "images --output=json":
+		shown := []map[string]any{}
+		for _, name := range names {
+			shown = append(shown, map[string]any{"id": imageID(name), "repoTags": []string{name}, "size": "1048576"})
+		}
+		return json.NewEncoder(os.Stdout).Encode(map[string]any{"images": shown})
+	case "ps --all --output=json":
+		used, err := imagesOfPods()
+		if err != nil {
+			return err
+		}
+		shown := []map[string]any{}
+		for name := range used {
+			shown = append(shown, map[string]any{"imageRef": imageID(name), "image": map[string]any{"image": name}})
+		}
+		return json.NewEncoder(os.Stdout).Encode(map[string]any{"containers": shown})
 	case "rmi --prune":
-		client, err := clientOf(kubeconfig)
+		used, err := imagesOfPods()
 		if err != nil {
 			return err
-		}
-		pods, err := client.CoreV1().Pods("").List(context.Background(), metav1.ListOptions{})
-		if err != nil {
-			return err
-		}
-		used := map[string]bool{}
-		for _, pod := range pods.Items {
-			for _, container := range append(pod.Spec.Containers, pod.Spec.InitContainers...) {
-				used[container.Image] = true
-			}
 		}
 		var kept []string
 		for _, name := range names {
@@ -80,10 +88,33 @@ func crictl(arguments []string) error {
 	return fmt.Errorf("the stand-in's crictl does not know %q", arguments)
 }
 
+func imageID(name string) string {
+	return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(name)))
+}
+
+// imagesOfPods are the names of the images that a pod of the cluster uses.
+func imagesOfPods() (map[string]bool, error) {
+	client, err := clientOf(kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := client.CoreV1().Pods("").List(context.Background(), metav1.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	used := map[string]bool{}
+	for _, pod := range pods.Items {
+		for _, container := range append(pod.Spec.Containers, pod.Spec.InitContainers...) {
+			used[container.Image] = true
+		}
+	}
+	return used, nil
+}
+
 // ctr knows `image import [--all-platforms] FILE|-` and `image ls -q`.
 func ctr(arguments []string) error {
 	arguments = slices.DeleteFunc(slices.Clone(arguments), func(word string) bool {
-		return word == "--all-platforms" || word == "-n" || word == "k8s.io"
+		return word == "--all-platforms" || word == "-n" || word == "--namespace" || word == "k8s.io"
 	})
 	names, err := images()
 	if err != nil {
