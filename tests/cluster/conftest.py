@@ -68,6 +68,7 @@ def spec() -> dict[str, Any]:
         "api": {"bind": "127.0.0.1", "port": 6443, "server_name": None},
         "resolvers": ["1.1.1.1", "9.9.9.9"],
         "storage_dir": "/mnt/img_pool/k3d/storage",
+        "datastore_dir": "/mnt/img_pool/k3d/storage-server",
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
         "api_wait_seconds": 120,
     }

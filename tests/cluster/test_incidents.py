@@ -333,13 +333,10 @@ def test_incident_10_a_recreate_needs_the_name_and_makes_a_backup_that_restores(
     ).stdout.split()
     engine.run(["sh", "-c", 'cd "$1" && sha256sum --check --strict SHA256SUMS', "sh", backup])
     engine.docker("stop", NODE)
-    data = engine.docker(
-        "inspect", "--format",
-        '{{range .Mounts}}{{if eq .Destination "/var/lib/rancher/k3s"}}{{.Source}}{{end}}{{end}}',
-        NODE,
-    )  # fmt: skip
-    engine.run(["rm", "-rf", f"{data}/server"])
-    engine.run(["tar", "-xpf", f"{backup}/datastore.tar", "-C", data])
+    server = f"{factory.spec['datastore_dir']}/server-0"
+    engine.run(["sh", "-c", 'rm -rf "$1"/*', "sh", server])
+    restore = ["tar", "-xpf", f"{backup}/datastore.tar", "-C", server, "--strip-components=1"]
+    engine.run(restore)
     engine.docker("start", NODE)
     restored = factory.ensure(**changed)
     assert restored["identity"] == factory.identity
