@@ -146,9 +146,11 @@ def test_the_shell_line_adds_only_what_path_does_not_hold(machine, tmp_path):
 
 
 INSTALLER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from setup import cache
+# A shell's background job ignores it, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def make(directory):
     (directory / "tool").write_text("half")
     print("half", flush=True)
