@@ -1733,7 +1733,9 @@ def test_real_machine_ends_a_copy_when_it_is_told_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals
 ) -> None:
     program = (
-        "import io,sys; sys.path.insert(0, sys.argv[1])\n"
+        "import io,signal,sys; sys.path.insert(0, sys.argv[1])\n"
+        # A shell's background job ignores it, and so would this.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from hostctl import cli, machine as h\n"
         "h.STATE_DIRECTORY = sys.argv[2]\n"
         "h.PROGRESS_SECONDS = 0.1\n"
