@@ -53,7 +53,7 @@ class LiveUnits:
 def units_spec(stack: settings.Settings) -> dict[str, Any]:
     """The settings as `hostctl units status` and `install` take them."""
     cluster, backups = stack.cluster, stack.backups
-    if not isinstance(cluster, settings.Cluster):
+    if not isinstance(cluster, settings.K3dCluster):
         raise TypeError(f"cluster {cluster.name} has no host whose units these were")
     return {
         "cluster": cluster.name,

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hostctl.backup import utc
 from hostctl.cluster import Cluster, look
+from hostctl.cluster_backup import utc
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, write_record

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hostctl.backup import BACKUP_SPARE_BYTES, time_stamp, utc
 from hostctl.cluster import Cluster, look, parse_json
+from hostctl.cluster_backup import BACKUP_SPARE_BYTES, time_stamp, utc
 from hostctl.live import STORAGE_IN_NODE
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran
 from hostctl.protocol import Failure, Result, say

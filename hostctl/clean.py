@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hostctl.backup import utc
 from hostctl.cluster import Cluster, Node, parse_json
+from hostctl.cluster_backup import utc
 from hostctl.machine import Machine
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, record_run

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hostctl.backup import back_up, utc
 from hostctl.certificates import certificate_warnings
 from hostctl.cluster import (
     Cluster,
@@ -23,6 +22,7 @@ from hostctl.cluster import (
     refuse_docker_resolvers,
     refuse_foreign,
 )
+from hostctl.cluster_backup import back_up, utc
 from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
     DATASTORE_IN_NODE,

@@ -19,7 +19,7 @@ MODULES = (
     "cluster",
     "live",
     "waiting",
-    "backup",
+    "cluster_backup",
     "swap",
     "files",
     "certificates",

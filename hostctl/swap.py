@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from hostctl.backup import (
+from hostctl.cluster import (
+    SWAP_LABEL,
+    Cluster,
+    container_facts,
+    identity_of,
+    look,
+    node_kubeconfig,
+)
+from hostctl.cluster_backup import (
     back_up_datastore,
     backup_directory,
     datastore_of,
@@ -19,14 +27,6 @@ from hostctl.backup import (
     run_copy,
     time_stamp,
     utc,
-)
-from hostctl.cluster import (
-    SWAP_LABEL,
-    Cluster,
-    container_facts,
-    identity_of,
-    look,
-    node_kubeconfig,
 )
 from hostctl.live import DATASTORE_IN_NODE, k3s_version, live_api
 from hostctl.machine import Machine

@@ -40,7 +40,7 @@ class LiveExisting:
     def read(
         cls,
         cluster: settings.ExistingCluster,
-        network: settings.LanNetwork,
+        network: settings.Network,
         connection: Connection,
     ) -> "LiveExisting":
         """Raises HostError when the kubeconfig cannot be had or used, when it leads to another
@@ -80,7 +80,7 @@ class LiveExisting:
         return live
 
     def _contradictions(
-        self, cluster: settings.ExistingCluster, network: settings.LanNetwork
+        self, cluster: settings.ExistingCluster, network: settings.Network
     ) -> Iterator[str]:
         pools = network.metallb.pools if network.metallb else []
         for name, node in self.nodes.items():

@@ -47,7 +47,7 @@ class LiveCluster:
 
     @classmethod
     def read(
-        cls, cluster: settings.Cluster, connection: Connection, *, installs_k3d: bool = False
+        cls, cluster: settings.K3dCluster, connection: Connection, *, installs_k3d: bool = False
     ) -> "LiveCluster":
         """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a
         cluster, another maker's cluster), or when a difference cannot be applied to the live
@@ -85,7 +85,7 @@ class LiveCluster:
         """Whether up swaps the node for one of another image, or finishes that."""
         return any(one["key"] in ("image", "swap") for one in self.differences)
 
-    def refuse_fixed_differences(self, cluster: settings.Cluster) -> None:
+    def refuse_fixed_differences(self, cluster: settings.K3dCluster) -> None:
         fixed = [difference for difference in self.differences if difference["fixed"]]
         # The network is a resource of its own, with the live nodes in it: no recreate changes it.
         rooted = [one for one in fixed if one["key"].startswith(("network.", "servers"))]
@@ -112,7 +112,7 @@ class LiveCluster:
             f" or {anew}."
         )
 
-    def announce(self, cluster: settings.Cluster, host: str) -> None:
+    def announce(self, cluster: settings.K3dCluster, host: str) -> None:
         """Says in the preview what up will do to the cluster, and what could not be seen."""
         for warning in self.warnings:
             pulumi.log.warn(f"{warning['what']}. Remedy: {warning['remedy']}")
@@ -141,7 +141,7 @@ class LiveCluster:
             pulumi.log.warn(f"cluster {cluster.name}: not seen: {unseen}")
 
 
-def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
+def cluster_spec(cluster: settings.K3dCluster) -> dict[str, Any]:
     """The settings as `hostctl k3d inspect` and `ensure` take them."""
     return {
         "name": cluster.name,
@@ -167,7 +167,7 @@ def cluster_spec(cluster: settings.Cluster) -> dict[str, Any]:
 
 
 def _rotated_kubeconfig(
-    cluster: settings.Cluster, connection: Connection, seen: Mapping[str, Any]
+    cluster: settings.K3dCluster, connection: Connection, seen: Mapping[str, Any]
 ) -> str | None:
     """Only where a preview needs it: the key of the cluster's administrator travels no more often
     than it must. Up takes it from the command that writes the file.
@@ -184,7 +184,7 @@ def _rotated_kubeconfig(
 class K3dClusterArgs:
     """``live`` is what the host holds now; ``docker`` reaches the host's Docker engine."""
 
-    settings: settings.Cluster
+    settings: settings.K3dCluster
     live: LiveCluster
     host: Host
     docker: docker.Provider
@@ -320,7 +320,7 @@ def _announced(answer: dict[str, str]) -> homelab.Acceptance:
     return homelab.Acceptance(state=answer["state"], detail=answer["detail"])
 
 
-def server_url(cluster: settings.Cluster) -> str:
+def server_url(cluster: settings.K3dCluster) -> str:
     """The API server as clients reach it: `api.serverName` where given, else the bind address,
     never 0.0.0.0 (incident 14).
     """

@@ -55,7 +55,7 @@ class _K3d:
     kubeconfig = None
 
     def __init__(
-        self, stack: settings.Settings, cluster: settings.Cluster, connection: Connection
+        self, stack: settings.Settings, cluster: settings.K3dCluster, connection: Connection
     ) -> None:
         # Not above: Docker's package costs time, and only who has a cluster in it pays.
         from components.cluster.k3d import LiveCluster

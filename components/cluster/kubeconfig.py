@@ -15,7 +15,7 @@ from components.host import Host, result
 
 @dataclass(frozen=True)
 class KubeconfigArgs:
-    settings: settings.Cluster
+    settings: settings.K3dCluster
     live: LiveCluster
     host: Host
     cluster: K3dCluster

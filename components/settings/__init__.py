@@ -11,17 +11,16 @@ from components.settings.argocd import ArgoCD
 from components.settings.cluster import (
     Acceptance,
     Api,
-    Cluster,
+    DockerNetwork,
+    K3dCluster,
     KubeconfigFile,
-    Network,
     PublishedPort,
     StorageClass,
 )
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
-from components.settings.network import Acme, Lan, MetalLB, Pool, Traefik
-from components.settings.network import Network as LanNetwork
+from components.settings.network import Acme, Lan, MetalLB, Network, Pool, Traefik
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -59,18 +58,18 @@ __all__ = [
     "Backups",
     "Cleaning",
     "Cloudflare",
-    "Cluster",
     "ClusterConnector",
     "DeclaredSecret",
+    "DockerNetwork",
     "ExistingCluster",
     "ExternalConnector",
     "Host",
     "HostConnector",
     "K3d",
+    "K3dCluster",
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
-    "LanNetwork",
     "MetalLB",
     "Namespace",
     "Network",

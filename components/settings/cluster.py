@@ -233,7 +233,7 @@ class Api(Model):
     )
 
 
-class Network(Model):
+class DockerNetwork(Model):
     """The Docker network of the nodes."""
 
     name: NetworkName = Field(
@@ -300,7 +300,7 @@ class Acceptance(Model):
     )
 
 
-class Cluster(Model):
+class K3dCluster(Model):
     """A Kubernetes cluster. A change of what is fixed at creation is refused until confirmed."""
 
     kind: Literal["k3d"] = Field(
@@ -363,8 +363,8 @@ class Cluster(Model):
         default=False,
         description="Whether k3s encrypts Secrets in its datastore. Fixed at creation.",
     )
-    network: Network = Field(
-        default=Network(),
+    network: DockerNetwork = Field(
+        default=DockerNetwork(),
         validate_default=True,
         description="The Docker network of the nodes. Fixed at creation.",
     )
@@ -404,7 +404,7 @@ class Cluster(Model):
 
     @field_validator("network")
     @classmethod
-    def _name_network(cls, network: Network, info: ValidationInfo) -> Network:
+    def _name_network(cls, network: DockerNetwork, info: ValidationInfo) -> DockerNetwork:
         name = network.name.replace("<name>", info.data.get("name", "example"))
         return network.model_copy(update={"name": name})
 

@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 
 import yaml
 
-from components.settings.cluster import Cluster
+from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.network import Network
@@ -258,12 +258,12 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
             pass  # a name
 
     yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
-    if isinstance(cluster, Cluster):
+    if isinstance(cluster, K3dCluster):
         yield from _claims_of_k3d(cluster, here)
     else:
         yield from _claims_of_existing(cluster)
     # In front of k3d nodes a pool lies in their Docker network, which no other host sees.
-    yield from _claims_of_lan(settings.network, here if isinstance(cluster, Cluster) else None)
+    yield from _claims_of_lan(settings.network, here if isinstance(cluster, K3dCluster) else None)
 
     hostnames: set[str] = set()
     for name, tunnel in settings.tunnels.items():
@@ -289,7 +289,7 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
         yield Claim("name in the tailnet", name, path, name)
 
 
-def _claims_of_k3d(cluster: Cluster, here: str) -> Iterator[Claim]:
+def _claims_of_k3d(cluster: K3dCluster, here: str) -> Iterator[Claim]:
     network = cluster.network
     path: Path = ("cluster", "network", "subnet")
     yield Claim("Docker network", network.subnet, path, Addresses.of(network.subnet), here)

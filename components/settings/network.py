@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.settings.cluster import Cluster
+from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster, Interface, IPv4, IPv4Range
 from components.settings.model import Model, Name, ObjectName, Text, is_ipv4
 from components.settings.problem import Path, Problem, key_path
@@ -213,7 +213,7 @@ class Network(Model):
             found[TRAEFIK_NAMESPACE] = ("network", "traefik")
         return found
 
-    def problems(self, cluster: Cluster | ExistingCluster) -> Iterator[Problem]:
+    def problems(self, cluster: K3dCluster | ExistingCluster) -> Iterator[Problem]:
         """What is wrong across the fields, and between them and the cluster."""
         if self.lan is not None:
             yield from self.lan.problems()
@@ -293,7 +293,7 @@ class Network(Model):
                 )
 
     def _pool_problems(
-        self, metallb: MetalLB, cluster: Cluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
     ) -> Iterator[Problem]:
         if self.lan is None and isinstance(cluster, ExistingCluster):
             yield Problem(
@@ -352,9 +352,9 @@ class Network(Model):
                     [first],
                 )
 
-    def _home(self, cluster: Cluster | ExistingCluster) -> _Claim | None:
+    def _home(self, cluster: K3dCluster | ExistingCluster) -> _Claim | None:
         """The network in which the nodes answer ARP."""
-        if isinstance(cluster, Cluster):
+        if isinstance(cluster, K3dCluster):
             # The nodes are containers: what they announce reaches Docker's bridge and no further.
             return _Claim(
                 Span.of(cluster.network.subnet),
@@ -365,13 +365,13 @@ class Network(Model):
             return None
         return _Claim(Span.of(self.lan.subnet), "the LAN", ("network", "lan", "subnet"))
 
-    def _claims(self, cluster: Cluster | ExistingCluster) -> Iterator[_Claim]:
+    def _claims(self, cluster: K3dCluster | ExistingCluster) -> Iterator[_Claim]:
         home = self._home(cluster)
         if home is not None:
             ends = (home.span.first, "its network address"), (home.span.last, "broadcast")
             for address, what in ends:
                 yield _Claim(Span(address, address), f"{home.owner} itself: {what}", home.path)
-        if isinstance(cluster, Cluster):
+        if isinstance(cluster, K3dCluster):
             for owner, subnet in _K3S_RANGES.items():
                 yield _Claim(Span.of(subnet), owner)
             # Docker gives addresses from the bottom: gateway, nodes, k3d's helpers.
@@ -402,9 +402,9 @@ class Network(Model):
                     yield _Claim(Span.of(address), name, ("network", "lan", "reserved", name))
 
     def _interface_problems(
-        self, metallb: MetalLB, cluster: Cluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
     ) -> Iterator[Problem]:
-        if isinstance(cluster, Cluster):
+        if isinstance(cluster, K3dCluster):
             # Docker names it so in every container.
             known, involves = {"eth0"}, []
         else:
@@ -448,10 +448,10 @@ class Network(Model):
 
 
 def _rival_problems(
-    part: Literal["servicelb", "traefik"], setting: str, cluster: Cluster | ExistingCluster
+    part: Literal["servicelb", "traefik"], setting: str, cluster: K3dCluster | ExistingCluster
 ) -> Iterator[Problem]:
     """k3s brings its own of both. Of an existing cluster the live one is asked."""
-    if isinstance(cluster, Cluster) and part not in cluster.disable:
+    if isinstance(cluster, K3dCluster) and part not in cluster.disable:
         yield Problem(
             ("cluster", "disable"),
             None,

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import Cluster
+from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.model import Model, Name, ObjectName
@@ -47,7 +47,7 @@ def _k3d_by_default(cluster: Any) -> Any:
     return {"kind": "k3d", **cluster} if isinstance(cluster, dict) else cluster
 
 
-AnyCluster: TypeAlias = Cluster | ExistingCluster
+AnyCluster: TypeAlias = K3dCluster | ExistingCluster
 """The kinds of cluster, told apart by `kind`; last the one that needs least of this program."""
 
 
@@ -132,7 +132,7 @@ class Settings(Model):
     @property
     def needs_docker(self) -> bool:
         """Whether anything of the stack lives in the host's Docker engine."""
-        return isinstance(self.cluster, Cluster) or any(
+        return isinstance(self.cluster, K3dCluster) or any(
             isinstance(tunnel.connector, HostConnector) for tunnel in self.tunnels.values()
         )
 
@@ -202,7 +202,7 @@ class Settings(Model):
                 yield path, declared
 
     def _reachability_problems(self) -> Iterator[Problem]:
-        if not isinstance(self.cluster, Cluster):
+        if not isinstance(self.cluster, K3dCluster):
             return
         api = self.cluster.api
         server = api.server_name or api.bind

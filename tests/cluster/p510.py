@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from components import versions
 from rehearsal.kubectl import kustomization
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import CHECKOUT, PLUGINS, Rehearsal, with_made_up_secrets
@@ -69,8 +70,7 @@ class RealP510(Rehearsal):
         self.engine.run(["groupadd", "--force", "wheel"])
         for path, content in self._secret_files().items():
             self.write_file(path, content)
-        image = self.settings["tunnels"]["p510"]["connector"]["image"]
-        self.engine.build(image, _CLOUDFLARED)
+        self.engine.build(versions.CLOUDFLARED, _CLOUDFLARED)
 
     def write_file(self, path: str, content: str) -> None:
         """Puts a file on the host, as agenix does when it decrypts a Secret."""

@@ -25,8 +25,8 @@ KUBECONFIG = (
 )
 
 
-def cluster(**rest: Any) -> settings.Cluster:
-    return settings.Cluster.model_validate({"image": IMAGE, **rest}, by_name=True)
+def cluster(**rest: Any) -> settings.K3dCluster:
+    return settings.K3dCluster.model_validate({"image": IMAGE, **rest}, by_name=True)
 
 
 def live(**rest: Any) -> LiveCluster:
@@ -56,7 +56,7 @@ def answers(args: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def register(run_program):
-    def run(declared: settings.Cluster, seen: LiveCluster, **mocks: Any):
+    def run(declared: settings.K3dCluster, seen: LiveCluster, **mocks: Any):
         def program() -> None:
             host = Host("p510", Connection(settings.Host()))
             engine = docker.Provider("docker", host="unix:///var/run/docker.sock")

@@ -145,7 +145,7 @@ class TestDerived:
         config = merged({"cluster": {"name": "lab"}}, P510)
         parsed = parse(config)
         connector = parsed.tunnels["p510"].connector
-        assert isinstance(parsed.cluster, settings.Cluster)
+        assert isinstance(parsed.cluster, settings.K3dCluster)
         assert parsed.cluster.network.name == "k3d-lab"
         assert isinstance(connector, settings.HostConnector)
         assert connector.container == "cloudflared-p510"
@@ -357,7 +357,7 @@ class TestWhatTheHostTakes:
     def test_every_cluster(self, config: dict[str, Any]) -> None:
         assume(refusal({"cluster": config}) is None)
         cluster = parse({"cluster": config}).cluster
-        assert isinstance(cluster, settings.Cluster)
+        assert isinstance(cluster, settings.K3dCluster)
         hostctl_spec.cluster_spec(cluster_spec(cluster), "k3d inspect")
         facts = {"generation": 1, "incarnation": "0a1b2c3d-1", "confirm": cluster.delete}
         hostctl_spec.cluster_spec(cluster_spec(cluster) | facts, "k3d ensure")
@@ -613,7 +613,7 @@ class TestLoad:
         empty = {f"homelab:{key}": {} for key in ("argocd", "cloudflare", "tunnels", "tailscale")}
         engine({"homelab:cluster": {"image": "rancher/k3s:v1.31.5-k3s1"}, **empty})
         loaded = settings.load()
-        assert isinstance(loaded.cluster, settings.Cluster)
+        assert isinstance(loaded.cluster, settings.K3dCluster)
         assert loaded.cluster.image == "rancher/k3s:v1.31.5-k3s1"
         assert loaded.argocd is None
         assert loaded.tailscale is None

@@ -50,23 +50,7 @@ func runAgent(ctx context.Context, arguments []string) error {
 		domain: "cluster.local", kubeconfig: file, labels: o.nodeLabels, taints: o.nodeTaints,
 		serveDNS: true, cidr: "10.42.0.0/16",
 	}
-	running := newProcesses()
-	failed := make(chan error, 1)
-	work, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		if err := n.run(work, running); err != nil && work.Err() == nil {
-			failed <- err
-			cancel()
-		}
-	}()
-	ended := running.wait(work)
-	select {
-	case err := <-failed:
-		return err
-	default:
-		return ended
-	}
+	return supervise(ctx, n.run)
 }
 
 // run registers the node, starts what makes its pods go, and returns.

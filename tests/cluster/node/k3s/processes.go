@@ -67,3 +67,24 @@ func (p *processes) wait(ctx context.Context) error {
 	}
 	return err
 }
+
+// supervise runs what begin starts until one of it ends, begin fails, or the node is told to stop.
+func supervise(ctx context.Context, begin func(context.Context, *processes) error) error {
+	running := newProcesses()
+	failed := make(chan error, 1)
+	work, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		if err := begin(work, running); err != nil && work.Err() == nil {
+			failed <- err
+			cancel()
+		}
+	}()
+	ended := running.wait(work)
+	select {
+	case err := <-failed:
+		return err
+	default:
+		return ended
+	}
+}

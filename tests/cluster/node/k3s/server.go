@@ -61,23 +61,7 @@ func runServer(ctx context.Context, arguments []string) error {
 	if err := s.prepare(ctx); err != nil {
 		return err
 	}
-	running := newProcesses()
-	failed := make(chan error, 1)
-	work, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		if err := s.bringUp(work, running); err != nil && work.Err() == nil {
-			failed <- err
-			cancel()
-		}
-	}()
-	ended := running.wait(work)
-	select {
-	case err := <-failed:
-		return err
-	default:
-		return ended
-	}
+	return supervise(ctx, s.bringUp)
 }
 
 // prepare makes or reads all files that the components need.
