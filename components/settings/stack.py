@@ -135,6 +135,11 @@ class Settings(Model):
         return {name: owners[name] for name in sorted(owners) if name not in _BUILT_IN_NAMESPACES}
 
     @property
+    def node_names(self) -> list[str]:
+        """The nodes that the settings name; none where they are containers."""
+        return [] if isinstance(self.cluster, K3dCluster) else list(self.cluster.nodes)
+
+    @property
     def needs_docker(self) -> bool:
         """Whether anything of the stack lives in the host's Docker engine."""
         return isinstance(self.cluster, K3dCluster) or any(

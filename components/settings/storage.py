@@ -304,6 +304,7 @@ class CephFilesystemClass(_Provisioned):
     )
 
 
+_REPLICATED = (LonghornClass, CephBlockClass, CephFilesystemClass)
 AnyClass: TypeAlias = Annotated[
     LonghornClass | NfsClass | IscsiClass | CephBlockClass | CephFilesystemClass | LocalPathClass,
     Field(discriminator="kind"),
@@ -471,7 +472,8 @@ class Storage(Model):
                 "local-storage",
                 "parts other than local-storage, which serves storage class local-path, unless "
                 "this stack runs the provisioner in its place",
-                "remove it, or set homelab:storage.localPath.provisioner: stack",
+                "remove it: without it storageDir would hold no volumes; or set "
+                "homelab:storage.localPath.provisioner: stack",
                 involves=[path],
             )
 
@@ -501,19 +503,19 @@ class Storage(Model):
                 [*involves, ("storage", "classes")],
             )
             return
-        if isinstance(cluster, ExistingCluster):
-            if self.default != cluster.storage_class:
+        own = cluster.storage_class
+        if isinstance(own, str):
+            if self.default != own:
                 yield Problem(
                     path,
                     self.default,
-                    f"homelab:cluster.storageClass, {cluster.storage_class}: one default",
+                    f"homelab:cluster.storageClass, {own}: one default",
                     "write the same class in both",
                     "is a second default",
-                    involves,
+                    [*involves, ("cluster", "storageClass")],
                 )
-            return
-        if isinstance(cluster, K3dCluster):
-            own = cluster.storage_class
+                return
+        else:
             if own.default != (own.name == self.default):
                 yield Problem(
                     path,
@@ -569,17 +571,15 @@ class Storage(Model):
             path: Path = ("storage", "classes", name)
             if isinstance(cluster, K3dCluster) and one.kind not in ("nfs", "local-path"):
                 yield from _k3d_problems((*path, "kind"), one.kind, cluster)
-            elif isinstance(one, LonghornClass | CephBlockClass | CephFilesystemClass):
-                if one.replicas > count:
-                    yield Problem(
-                        (*path, "replicas"),
-                        one.replicas,
-                        f"at most {count}, the number of nodes: no node holds two replicas of a "
-                        "volume",
-                        "lower it, or add nodes",
-                        "is more than there are nodes",
-                        [where],
-                    )
+            elif isinstance(one, _REPLICATED) and one.replicas > count:
+                yield Problem(
+                    (*path, "replicas"),
+                    one.replicas,
+                    f"at most {count}, the number of nodes: no node holds two replicas of a volume",
+                    "lower it, or add nodes",
+                    "is more than there are nodes",
+                    [where],
+                )
 
     def _ceph_problems(self, cluster: _Cluster) -> Iterator[Problem]:
         path: Path = ("storage", "ceph")
@@ -613,7 +613,7 @@ class Storage(Model):
                 nodes,
                 None,
                 f"at least {_CEPH_NODES} nodes with a raw disk each: monitors need a majority",
-                "add nodes with disks, or take Longhorn, which is enough for most (docs/storage.md)",
+                "add nodes with disks, or take Longhorn, which is enough for most homes",
                 f"names {len(holding)}",
             )
         for name, disks in self.ceph.nodes.items():
