@@ -33,7 +33,8 @@ revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.answers:
     refuse_two_owners(stack.tunnels, name, connection, live.kubeconfig)
-    check_classes(stack.storage, name, connection, live.kubeconfig)
+    if stack.storage.declared or live.kubeconfig:
+        check_classes(stack.storage, name, connection, live.kubeconfig)
 check_nodes(stack.storage, live.nodes, stack.node_names)
 live.announce()
 if stack.tailscale:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hostctl.cluster import parse_json
 from hostctl.machine import Machine, ToolMissing
-from hostctl.preflight import Finding
+from hostctl.preflight import Finding, module_findings
 from hostctl.protocol import Failure, Result
 from hostctl.spec import CLUSTER_NAME, Items, Value, absolute_path, checked, one_of
 from hostctl.tools import attempt, for_system, run_tool
@@ -22,7 +22,11 @@ CHECK_SPEC: dict[str, Any] = {
 _INITIATOR = "/etc/iscsi/initiatorname.iscsi"
 _MULTIPATHD = "/run/multipathd.pid"
 _MOUNT_NFS = ("/sbin/mount.nfs", "/usr/sbin/mount.nfs", "/run/current-system/sw/bin/mount.nfs")
-_MODULES = {"crypt": ("dm_crypt",), "nfs": ("nfs",), "ceph": ("rbd", "ceph")}
+_MODULES = {
+    "crypt": (["dm_crypt"], "encrypted volumes"),
+    "nfs": (["nfs"], "volumes of an NFS export"),
+    "ceph": (["rbd", "ceph"], "volumes of Ceph"),
+}
 # What Ceph itself makes of a disk: its own, from an earlier run.
 _OF_CEPH = "ceph_bluestore"
 
@@ -88,14 +92,9 @@ def _client_findings(
         yield Finding(
             "warning", "mount.nfs is missing: volumes that many pods write to need it", remedy
         )
-    for need, modules in _MODULES.items():
+    for need, (modules, why) in _MODULES.items():
         for module in modules if need in needs else ():
-            if not _has_module(machine, module):
-                yield Finding(
-                    "error",
-                    f"the kernel has no module {module}",
-                    f"install a kernel with it; `modprobe {module}` must succeed",
-                )
+            yield from module_findings(machine, module, "error", why)
 
 
 def _has_tool(machine: Machine, argv: list[str]) -> bool:
@@ -103,14 +102,6 @@ def _has_tool(machine: Machine, argv: list[str]) -> bool:
         return machine.run(argv).code == 0
     except ToolMissing:
         return False
-
-
-def _has_module(machine: Machine, name: str) -> bool:
-    loaded = machine.read("/proc/modules").decode("utf-8", "replace")
-    if re.search(rf"^{name} ", loaded, re.MULTILINE):
-        return True
-    # Knows those that are built in, too.
-    return _has_tool(machine, ["modprobe", "--dry-run", "--quiet", name])
 
 
 def _disk_findings(machine: Machine, disk: str) -> Iterator[Finding]:

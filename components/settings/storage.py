@@ -34,6 +34,8 @@ LOCAL_PATH = "local-path"
 """The class that k3s makes, and marks as default at each start."""
 _MADE_BY_LONGHORN = frozenset({"longhorn", "longhorn-static"})
 _CEPH_NODES = 3
+_CRON_RANGE = r"[0-9]{1,2}(?:-[0-9]{1,2})?"
+_CRON_FIELD = rf"(?:\*|{_CRON_RANGE}(?:,{_CRON_RANGE})*)(?:/[0-9]{{1,2}})?"
 _CHAP_KEYS = frozenset({"node.session.auth.username", "node.session.auth.password"})
 _S3_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 _CRYPTO_KEYS = frozenset({"CRYPTO_KEY_VALUE"})
@@ -110,7 +112,7 @@ MountOption = Annotated[
         "one mount option such as nfsvers=4.1 or noatime, without blanks and commas",
         "write each option as an entry of its own",
         "noatime",
-        r"[A-Za-z0-9_.:/=-]{1,128}",
+        r"[A-Za-z][A-Za-z0-9_.:/=-]{0,127}",
     ),
 ]
 Portal = Annotated[
@@ -154,7 +156,7 @@ Cron = Annotated[
         "five fields of cron: minute, hour, day of the month, month, day of the week",
         "write all five, in quotes",
         "0 3 * * *",
-        r"(?:[0-9*,/-]+ ){4}[0-9*,/A-Z-]+",
+        rf"{_CRON_FIELD}(?: {_CRON_FIELD}){{4}}",
     ),
 ]
 BackupTarget = Annotated[
@@ -385,7 +387,7 @@ class Storage(Model):
         default=Longhorn(), description="Longhorn, where a class is of that kind."
     )
     local_path: LocalPath = Field(
-        default=LocalPath(), description="What serves the classes of kind local-path."
+        default=LocalPath(), description="Who serves them, where a class is of kind local-path."
     )
     ceph: Ceph | None = Field(default=None, description="Ceph, where a class is of its kinds.")
 
