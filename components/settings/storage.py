@@ -530,7 +530,7 @@ class Storage(Model):
                     "is a second default" if own.default else "bears no mark",
                     [*involves, ("cluster", "storageClass", "default")],
                 )
-        if LOCAL_PATH in brought and self.default != LOCAL_PATH:
+        if LOCAL_PATH in brought and self.default != LOCAL_PATH and not self.runs_local_path:
             yield Problem(
                 path,
                 self.default,
