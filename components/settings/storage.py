@@ -434,6 +434,7 @@ class Storage(Model):
         yield from self._name_problems(cluster)
         yield from self._node_problems(cluster)
         yield from self._ceph_problems(cluster)
+        yield from self._nfs_problems()
         yield from self._iscsi_problems()
         yield from self._longhorn_problems()
         yield from self._secret_problems(secrets)
@@ -649,6 +650,23 @@ class Storage(Model):
                     "is more than there are nodes with disks",
                     [nodes, ("cluster", "nodes")],
                 )
+
+    def _nfs_problems(self) -> Iterator[Problem]:
+        directories: dict[tuple[str, str, str], Path] = {}
+        for name, one in self.classes.items():
+            if isinstance(one, NfsClass):
+                path: Path = ("storage", "classes", name)
+                key = (one.server, one.share, one.sub_directory)
+                first = directories.setdefault(key, path)
+                if first != path:
+                    yield Problem(
+                        path,
+                        None,
+                        "one class for a directory: two names hide that they share its files",
+                        "remove one of the two, or give it another subDirectory",
+                        f"is the same directory as {key_path(first)}",
+                        [first],
+                    )
 
     def _iscsi_problems(self) -> Iterator[Problem]:
         luns: dict[tuple[str, str, int], Path] = {}

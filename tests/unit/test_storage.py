@@ -14,6 +14,8 @@ from components import settings, versions
 from components.cluster import Cluster
 from components.host import Connection, Host, HostError
 from components.namespaces import Namespaces, NamespacesArgs
+from components.settings.fleet import Stack, collisions
+from components.settings.problem import key_path
 from components.storage import live
 from components.storage.tiers import DEFAULT, Storage, StorageArgs
 from tests.unit.conftest import Registered
@@ -335,3 +337,22 @@ def test_a_lun_that_a_claim_holds_cannot_be_taken_out() -> None:
     seen = inspected({}, {"former": bound("nas-block", "media/db", part_of=OURS)})
     with pytest.raises(HostError, match="volume former is not declared any more, but claim media"):
         live.check_classes(stack().storage, "tower", seen, "text")
+
+
+def test_two_stacks_cannot_have_the_same_lun_or_the_same_nfs_directory() -> None:
+    one, other = Stack.of("one", stack()), Stack.of("other", stack())
+    found = {key_path(problem.path): str(problem) for problem in collisions(one, other)}
+    lun = "homelab:storage.classes.nas-block.volumes.postgres"
+    share = "homelab:storage.classes.nfs-bulk.share"
+    assert f"is also the iSCSI LUN in Pulumi.other.yaml, {lun}" in found[lun]
+    assert f"is also the NFS directory in Pulumi.other.yaml, {share}" in found[share]
+
+
+def test_two_stacks_may_share_an_export_whose_directories_have_the_volumes_names() -> None:
+    classes = {"nfs": {**EXAMPLE["storage"]["classes"]["nfs-bulk"]}}
+    classes["nfs"]["subDirectory"] = "${pv.metadata.name}"
+    cluster = {**EXAMPLE["cluster"], "storageClass": "nfs"}
+    storage = {"default": "nfs", "classes": classes}
+    config = {"cluster": cluster, "storage": storage}
+    both = [Stack.of(name, settings.Settings.model_validate(config)) for name in ("one", "other")]
+    assert not [p for p in collisions(*both) if p.path[0] == "storage"]
