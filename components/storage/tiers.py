@@ -34,6 +34,7 @@ DEFAULT = "storageclass.kubernetes.io/is-default-class"
 _WAIT_FOR_POD = "WaitForFirstConsumer"
 _PROVISIONER_LABELS = {"app.kubernetes.io/name": "local-path-provisioner"}
 _DATA_POOL = "data0"
+_USER = 65532
 
 
 @dataclass(frozen=True)
@@ -348,6 +349,11 @@ class Storage(pulumi.ComponentResource):
             "image": LOCAL_PATH_PROVISIONER,
             "command": [name, "start", "--config", "/etc/config/config.json"],
             "volume_mounts": [{"name": "config", "mount_path": "/etc/config/"}],
+            "security_context": {
+                "allow_privilege_escalation": False,
+                "read_only_root_filesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            },
             "env": [
                 {
                     "name": "POD_NAMESPACE",
@@ -366,6 +372,13 @@ class Storage(pulumi.ComponentResource):
                     "metadata": {"labels": _PROVISIONER_LABELS},
                     "spec": {
                         "service_account_name": name,
+                        # It talks to the API alone; directories are made by its helper pods.
+                        "security_context": {
+                            "run_as_non_root": True,
+                            "run_as_user": _USER,
+                            "run_as_group": _USER,
+                            "seccomp_profile": {"type": "RuntimeDefault"},
+                        },
                         "containers": [container],
                         "volumes": [{"name": "config", "config_map": {"name": name}}],
                     },

@@ -18,7 +18,9 @@ from components.settings.fleet import Stack, collisions
 from components.settings.problem import key_path
 from components.storage import live
 from components.storage.tiers import DEFAULT, Storage, StorageArgs
+from policy import rules
 from tests.unit.conftest import Registered
+from tests.unit.test_policy import violations
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "storage.md").read_text()
@@ -208,6 +210,12 @@ def test_drivers_run_in_namespaces_that_let_them_near_the_node(registered: Regis
         labels = registered["Namespace", name].inputs["metadata"]["labels"]
         assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
     assert "labels" not in registered["Namespace", "media"].inputs["metadata"]
+
+
+def test_the_stacks_own_provisioner_has_neither_root_nor_privilege(registered: Registered) -> None:
+    deployment = registered["Deployment", "local-path-provisioner"].inputs
+    for rule in (rules.workloads_are_unprivileged, rules.containers_do_not_run_as_root):
+        assert violations(rule, "kubernetes:apps/v1:Deployment", deployment) == []
 
 
 def test_charts_are_those_that_are_pinned(registered: Registered) -> None:
