@@ -148,6 +148,7 @@ def test_edits_change_classes_and_never_a_volume(tiers: Any) -> None:
             *replaced("nfs-bulk"),
             "update Release longhorn",
             "update StorageClass nas-block",
+            "update PersistentVolume postgres",
         },
         lambda classes, settings: (
             classes["longhorn-ssd"].update(replicas=3),
