@@ -2,12 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import pulumi
 
 from components import settings
-from components.host import Connection, HostError
+from components.host import Connection, HostError, Reading, ask
 from components.storage.tiers import LABELS
 
 _PART_OF = LABELS["app.kubernetes.io/part-of"]
@@ -29,7 +28,8 @@ def check_nodes(
     initiators: dict[str, list[str]] = defaultdict(list)
     for name, connection in nodes.items():
         disks = storage.ceph.nodes.get(name, []) if storage.ceph else []
-        seen = connection.read(["storage", "check"], {"needs": needs, "disks": disks})
+        spec = {"needs": needs, "disks": disks}
+        seen = connection.read(ask(["storage", "check"], spec))
         for finding in seen["findings"]:
             text = f"node {name}: {finding['what']}.\n    Remedy: {finding['remedy']}"
             if finding["severity"] == "error":
@@ -79,16 +79,14 @@ def _needs(storage: settings.Storage) -> list[str]:
 
 
 def check_classes(
-    storage: settings.Storage, cluster: str, connection: Connection, kubeconfig: str | None
-) -> None:
+    storage: settings.Storage, cluster: str, kubeconfig: str | None = None
+) -> Reading[None]:
     """Refuses a second default class, and the removal of a class or volume that a claim holds.
 
     ``kubeconfig`` is the text of the way in, where it is none of k3d's. The cluster answers; where
     it has stopped to, nothing is refused: the run that would change it fails by itself.
     """
-    seen: dict[str, Any] = connection.read(
-        ["storage", "inspect"], {"cluster": cluster, "kubeconfig": kubeconfig}
-    )
+    seen = yield from ask(["storage", "inspect"], {"cluster": cluster, "kubeconfig": kubeconfig})
     problems: list[str] = []
     luns = {
         name

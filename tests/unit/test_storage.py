@@ -233,9 +233,9 @@ class Answers(Connection):
         self.answer = answer
         self.asked: list[dict[str, Any]] = []
 
-    def read(self, verb: Any, spec: Any) -> dict[str, Any]:
-        self.asked.append(dict(spec))
-        return self.answer
+    def answers(self, questions: Any) -> list[dict[str, Any]]:
+        self.asked += [dict(spec) for _, spec in questions]
+        return [self.answer for _ in questions]
 
 
 def node(initiator: str, *findings: tuple[str, str]) -> Answers:
@@ -310,14 +310,14 @@ def test_a_class_of_somebody_else_that_is_marked_as_default_is_refused() -> None
         "local-path": existing(True, "", "rancher.io/local-path"),
     }
     with pytest.raises(HostError) as refusal:
-        live.check_classes(stack().storage, "tower", inspected(live_classes), "text")
+        inspected(live_classes).read(live.check_classes(stack().storage, "tower", "text"))
     assert "local-path (rancher.io/local-path)" in str(refusal.value)
     assert "--disable=local-storage" in str(refusal.value)
 
 
 def test_the_default_may_move_from_one_of_our_classes_to_another() -> None:
     live_classes = {"longhorn-ssd": existing(), "nfs-bulk": existing(default=True)}
-    live.check_classes(stack().storage, "tower", inspected(live_classes), "text")
+    inspected(live_classes).read(live.check_classes(stack().storage, "tower", "text"))
 
 
 def test_a_class_that_claims_hold_cannot_be_taken_out() -> None:
@@ -330,7 +330,7 @@ def test_a_class_that_claims_hold_cannot_be_taken_out() -> None:
         },
     )
     with pytest.raises(HostError) as refusal:
-        live.check_classes(stack().storage, "tower", seen, "text")
+        seen.read(live.check_classes(stack().storage, "tower", "text"))
     assert "class old is not declared any more" in str(refusal.value)
     assert "1 claim(s) have volumes of it: media/library." in str(refusal.value)
     assert "foreign" not in str(refusal.value)
@@ -338,13 +338,13 @@ def test_a_class_that_claims_hold_cannot_be_taken_out() -> None:
 
 def test_a_class_that_no_claim_holds_can() -> None:
     seen = inspected({"old": existing()}, {"pvc-2": bound("old", "media/gone", phase="Released")})
-    live.check_classes(stack().storage, "tower", seen, "text")
+    seen.read(live.check_classes(stack().storage, "tower", "text"))
 
 
 def test_a_lun_that_a_claim_holds_cannot_be_taken_out() -> None:
     seen = inspected({}, {"former": bound("nas-block", "media/db", part_of=OURS)})
     with pytest.raises(HostError, match="volume former is not declared any more, but claim media"):
-        live.check_classes(stack().storage, "tower", seen, "text")
+        seen.read(live.check_classes(stack().storage, "tower", "text"))
 
 
 def test_two_stacks_cannot_have_the_same_lun_or_the_same_nfs_directory() -> None:
