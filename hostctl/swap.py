@@ -282,7 +282,9 @@ def _create(machine: Machine, swap: Mapping[str, Any], old: Mapping[str, Any], s
     host = dict(old["HostConfig"])
     if swap["copied"]:
         host["Binds"] = [*(host.get("Binds") or []), f"{swap['data']}:{DATASTORE_IN_NODE}"]
-    ((network, endpoint_now),) = old["NetworkSettings"]["Networks"].items()
+    # A second one, in the LAN, is connected afterwards: older Docker takes one at a create.
+    network = old["Config"]["Labels"]["k3d.cluster.network"]
+    endpoint_now = old["NetworkSettings"]["Networks"][network]
     # Docker itself adds the container's short id.
     aliases = [one for one in endpoint_now.get("Aliases") or [] if one != old["Id"][:12]]
     settings = {"Aliases": aliases, "IPAMConfig": endpoint_now.get("IPAMConfig")}

@@ -281,6 +281,14 @@ class Rehearsal:
         """What the stand-ins shall do wrong from now on."""
         (self.directory / "faults.json").write_text(json.dumps(list(faults)))
 
+    def _put_plugins(self, path: str) -> None:
+        """The CNI plugins that someone has unpacked on the make-believe host."""
+        directory = self.directory / "world" / "machine" / "files" / path.lstrip("/")
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            for name in ("bridge", "dhcp", "host-local", "macvlan", "static"):
+                (directory / name).touch(0o755)
+
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Replace the stack's whole configuration."""
         path = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
@@ -292,6 +300,8 @@ class Rehearsal:
             from rehearsal import existing
 
             existing.put(self.directory / "world", cluster)
+        if isinstance(cluster, Mapping) and cluster.get("cniPlugins"):
+            self._put_plugins(cluster["cniPlugins"])
         secrets = dict(_secrets(named))
         stack_file["config"] = _plain(named)
         path.write_text(yaml.safe_dump(stack_file, sort_keys=False))

@@ -20,7 +20,17 @@ from components.settings.cluster import (
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
-from components.settings.network import Acme, Lan, MetalLB, Network, Pool, Traefik
+from components.settings.network import (
+    Acme,
+    Attachment,
+    Ipam,
+    Lan,
+    MetalLB,
+    Multus,
+    Network,
+    Pool,
+    Traefik,
+)
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -54,6 +64,7 @@ __all__ = [
     "AnyCluster",
     "Api",
     "ArgoCD",
+    "Attachment",
     "AuthKey",
     "Backups",
     "Cleaning",
@@ -65,12 +76,14 @@ __all__ = [
     "ExternalConnector",
     "Host",
     "HostConnector",
+    "Ipam",
     "K3d",
     "K3dCluster",
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
     "MetalLB",
+    "Multus",
     "Namespace",
     "Network",
     "Node",
