@@ -26,6 +26,10 @@ CURL = (
 LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
 BUSYBOX = "docker.io/library/busybox:1.37.0"
 
+# The thin plugin: the thick one needs mounts shared with the host, which k3d's nodes have not.
+MULTUS = "ghcr.io/k8snetworkplumbingwg/multus-cni:v4.2.4"
+
+CALICO = Chart("tigera-operator", "https://docs.tigera.io/calico/charts", "v3.30.3")
 METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")
 TAILSCALE_OPERATOR = Chart("tailscale-operator", "https://pkgs.tailscale.com/helmcharts", "1.86.2")
 TRAEFIK = Chart("traefik", "https://traefik.github.io/charts", "41.3.0")

@@ -10,6 +10,7 @@ from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
 from components.host import Connection, Host
+from components.network.calico import Calico, CalicoArgs
 from components.storage import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
 
@@ -61,7 +62,9 @@ class _K3d:
         from components.cluster.k3d import LiveCluster
 
         self._stack, self._cluster, self._connection = stack, cluster, connection
-        self._live = LiveCluster.read(cluster, connection, installs_k3d=stack.host.k3d.install)
+        self._live = LiveCluster.read(
+            cluster, connection, network=stack.network, installs_k3d=stack.host.k3d.install
+        )
         self._units = LiveUnits.read(stack, connection)
 
     @property
@@ -78,7 +81,8 @@ class _K3d:
 
         assert engine is not None
         name, live = self._cluster.name, self._live
-        k3d = K3dCluster(name, K3dClusterArgs(self._cluster, live, host, engine))
+        args = K3dClusterArgs(self._cluster, live, host, engine, self._stack.network)
+        k3d = K3dCluster(name, args)
         kubeconfig = Kubeconfig(name, KubeconfigArgs(self._cluster, live, host, k3d))
         cluster = Cluster(
             name=name,
@@ -89,9 +93,12 @@ class _K3d:
             incarnation=live.incarnation,
             anew=live.anew,
         )
+        pod_network = []
+        if self._cluster.cni == "calico":
+            pod_network.append(Calico(name, CalicoArgs(self._cluster.pod_subnet, cluster)))
         LocalStorage(name, LocalStorageArgs(self._cluster.storage_class, cluster))
         Units(name, UnitsArgs(self._stack, self._units, host, after=[k3d]))
-        return Declared(cluster, k3d.output, kubeconfig.content, k3d.acceptance)
+        return Declared(cluster, k3d.output, kubeconfig.content, k3d.accept(pod_network))
 
 
 class _Existing:

@@ -62,6 +62,7 @@ def register(run_program):
             engine = docker.Provider("docker", host="unix:///var/run/docker.sock")
             made = K3dCluster("factory", K3dClusterArgs(declared, seen, host, engine))
             Kubeconfig("factory", KubeconfigArgs(declared, seen, host, made))
+            made.accept()
 
         return run_program(program, **{"outputs": {"Command": answers}, **mocks})
 
