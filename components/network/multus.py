@@ -21,7 +21,8 @@ _KIND = "NetworkAttachmentDefinition"
 _PLUGINS = "/opt/cni/plugins"
 # eth0 is Docker's bridge. The second network of a node is always its eth1.
 _LAN_IN_NODE = "eth1"
-_CNI_VERSION = "0.3.1"
+# Of the specification, which all plugins speak; not of a program.
+CNI_VERSION = "0.3.1"
 # Where containerd looks, by pod network. k3s's own place is the same in all releases since
 # v1.31.2+k3s1 (docs.k3s.io/networking/multus-ipams); without flannel it is containerd's default.
 _K3S = "/var/lib/rancher/k3s"
@@ -104,7 +105,7 @@ class Multus(pulumi.ComponentResource):
 
 def _config(network: settings.Attachment, lan: settings.Lan) -> dict[str, Any]:
     """The CNI configuration, without routes: a pod's default route stays the cluster's."""
-    config: dict[str, Any] = {"cniVersion": _CNI_VERSION, "name": network.name}
+    config: dict[str, Any] = {"cniVersion": CNI_VERSION, "name": network.name}
     subnet = network.subnet or lan.subnet
     if network.type == "macvlan":
         config |= {"type": "macvlan", "master": _LAN_IN_NODE, "mode": "bridge"}
