@@ -116,8 +116,11 @@ def _user_of(machine: Machine, port: int, protocol: str) -> str:
 
 def refuse_unknown_interface(machine: Machine, spec: Mapping[str, Any]) -> None:
     """Docker makes a network on an interface that is not there, with nothing behind it."""
-    wanted, there = spec["lan_interface"], machine.names("/sys/class/net")
-    if wanted and there and wanted not in there:
+    wanted = spec["lan_interface"]
+    if not wanted:
+        return
+    there = machine.interfaces()
+    if wanted not in there:
         raise Failure(
             "refused",
             f"checking the interface of cluster {spec['name']} in the LAN",

@@ -351,8 +351,6 @@ class RehearsalMachine(Machine):
         return seen.modified
 
     def names(self, path: str) -> list[str]:
-        if path == "/sys/class/net":
-            return sorted(self.setting("interfaces.json", ["br0", "docker0", "eno1", "lo"]))
         top = self._file(path)
         return sorted(file.name for file in top.iterdir()) if top.is_dir() else []
 
@@ -417,6 +415,9 @@ class RehearsalMachine(Machine):
     def has_address(self, address: str) -> bool:
         after = self.setting("addresses.json", {}).get(address, 0)
         return after is not None and self.setting("slept", 0.0) >= after
+
+    def interfaces(self) -> list[str]:
+        return sorted(self.setting("interfaces.json", ["br0", "docker0", "eno1", "lo"]))
 
     def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
         taken = self.setting("ports.json", [])

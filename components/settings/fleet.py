@@ -349,6 +349,10 @@ def _claims_of_lan(network: Network, place: str | None) -> Iterator[Claim]:
             for part in _without(Addresses.of(lan.dhcp), map(ip_address, lan.reserved.values())):
                 yield Claim("DHCP range", lan.dhcp, ("network", "lan", "dhcp"), part)
     if (multus := network.multus) is not None:
+        if lan is not None:
+            # Docker makes two networks with the same addresses on no host.
+            path = ("network", "multus")
+            yield Claim("Docker network in the LAN", lan.subnet, path, lan.subnet, place)
         path = ("network", "multus", "nodes")
         what = "nodes' addresses in the LAN"
         yield Claim(what, multus.nodes, path, Addresses.of(multus.nodes))

@@ -211,6 +211,31 @@ class TestCollisions:
         other = stack("b", host=host, cluster={"api": {"bind": "10.0.0.1"}})
         assert keys(stack("a", cluster=cluster), other) == expected
 
+    def test_two_clusters_of_one_host_cannot_both_have_dockers_network_in_the_lan(self) -> None:
+        def attached(name: str, host: str, first: int) -> Stack:
+            span = {"type": "static", "range": f"192.168.1.{first}-192.168.1.{first + 3}"}
+            multus = {
+                "interface": "br0",
+                "nodes": f"192.168.1.{first + 8}/29",
+                "networks": [{"name": "lan", "ipam": span}],
+            }
+            lan = {"subnet": "192.168.1.0/24", "gateway": "192.168.1.1"}
+            cluster = {
+                "name": name,
+                "cniPlugins": "/mnt/cni",
+                "storageDir": f"/mnt/{name}",
+                "network": {"subnet": f"172.{first}.0.0/16"},
+                "podSubnet": f"10.{first}.0.0/16",
+                "kubeconfig": {"path": f"/etc/{name}"},
+                "api": {"port": 7000 + first},
+            }
+            network = {"lan": lan, "multus": multus}
+            return stack(name, host={"name": host}, cluster=cluster, network=network)
+
+        mine = attached("a", "nas", 16)
+        assert keys(mine, attached("b", "nas", 24)) == ["homelab:network.multus"]
+        assert keys(mine, attached("b", "other", 24)) == []
+
     @pytest.mark.parametrize(
         ("node", "pool", "expected"),
         [

@@ -71,7 +71,7 @@ def test_a_network_that_someone_else_connected_is_left_alone(host: Host) -> None
 def test_a_lan_network_that_is_not_there_fails_by_name_and_the_next_run_goes_on(
     host: Host,
 ) -> None:
-    network = host.machine.docker_world.get(f"network/{LAN}")
+    network = host.machine.docker_world.get(f"network/{LAN}") or {}
     host.machine.docker_world.delete(f"network/{LAN}")
     error = host("k3d ensure", WANTED, code=5)
     assert f"connecting {NODE} to {LAN}" in error["step"]

@@ -271,9 +271,12 @@ def test_an_interface_that_the_host_lacks_is_refused_with_those_that_it_has(host
     lan = {"lan_network": "k3d-factory-lan", "lan_interface": "br7"}
     assert "the host has no br7; it has br0" in only(host, "error", **lan)["what"]
     assert host("k3d inspect", SPEC | lan, code=3)["code"] == "refused"
-    # A host that shows none cannot be judged.
-    host.machine.set("interfaces.json", [])
+    host.machine.set("interfaces.json", ["lo", "br7"])
     assert found(host, "error", **lan) == []
+
+
+def test_real_machine_sees_its_interfaces() -> None:
+    assert "lo" in Machine().interfaces()
 
 
 # Without a spec, and before a create
