@@ -224,7 +224,7 @@ class TestCollisions:
                 "name": name,
                 "cniPlugins": "/mnt/cni",
                 "storageDir": f"/mnt/{name}",
-                "network": {"subnet": f"172.{first}.0.0/16"},
+                "network": {"subnet": f"10.{first + 100}.0.0/16"},
                 "podSubnet": f"10.{first}.0.0/16",
                 "kubeconfig": {"path": f"/etc/{name}"},
                 "api": {"port": 7000 + first},
@@ -233,8 +233,8 @@ class TestCollisions:
             return stack(name, host={"name": host}, cluster=cluster, network=network)
 
         mine = attached("a", "nas", 16)
-        assert keys(mine, attached("b", "nas", 24)) == ["homelab:network.multus"]
-        assert keys(mine, attached("b", "other", 24)) == []
+        assert keys(mine, attached("b", "nas", 64)) == ["homelab:network.multus"]
+        assert keys(mine, attached("b", "other", 64)) == []
 
     @pytest.mark.parametrize(
         ("node", "pool", "expected"),
