@@ -15,6 +15,7 @@ from components.cluster import kinds
 from components.host import Connection, Host, docker_engine, together
 from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
+from components.network.multus import Multus, MultusArgs
 from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
@@ -58,6 +59,10 @@ namespaces = Namespaces(name, NamespacesArgs(owners, cluster, stack.storage.name
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 if stack.storage.classes or stack.storage.runs_local_path:
     Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
+network = stack.network
+if network.multus and network.lan and stack.cluster.kind == "k3d":
+    args = MultusArgs(network.multus, network.lan, stack.cluster.cni, cluster, after=[namespaces])
+    Multus(name, args)
 ingress = None
 if stack.network.metallb:
     metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))

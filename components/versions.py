@@ -28,7 +28,10 @@ BUSYBOX = "docker.io/library/busybox:1.37.0"
 
 CEPH = "quay.io/ceph/ceph:v19.2.3"
 LOCAL_PATH_PROVISIONER = "rancher/local-path-provisioner:v0.0.35"
+# The thin plugin: the thick one needs mounts shared with the host, which k3d's nodes have not.
+MULTUS = "ghcr.io/k8snetworkplumbingwg/multus-cni:v4.2.4"
 
+CALICO = Chart("tigera-operator", "https://docs.tigera.io/calico/charts", "v3.30.3")
 CSI_DRIVER_NFS = Chart(
     "csi-driver-nfs",
     "https://raw.githubusercontent.com/kubernetes-csi/csi-driver-nfs/master/charts",

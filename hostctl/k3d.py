@@ -25,11 +25,13 @@ from hostctl.cluster import (
 from hostctl.cluster_backup import back_up, utc
 from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
+    CNI_PLUGINS_IN_NODE,
     DATASTORE_IN_NODE,
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
     differences,
     how_to_recreate,
+    lan_changes,
     live_api,
     live_facts,
     may_recreate,
@@ -38,7 +40,13 @@ from hostctl.live import (
     subnet_of,
 )
 from hostctl.machine import STATE_DIRECTORY, Machine, Ran, TookTooLong, ToolMissing
-from hostctl.preflight import create_errors, port_errors, published_ports, refuse_create
+from hostctl.preflight import (
+    create_errors,
+    port_errors,
+    published_ports,
+    refuse_create,
+    refuse_unknown_interface,
+)
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, next_generation, read_record, write_record
 from hostctl.spec import (
@@ -149,6 +157,8 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     nodes = ["server:*"] + (["agent:*"] if spec["agents"] else [])
     resolvers = f"{STATE_DIRECTORY}/clusters/{spec['name']}/resolv.conf"
     mounts = [f"{spec['storage_dir']}:{STORAGE_IN_NODE}", f"{resolvers}:{RESOLVERS_IN_NODE}:ro"]
+    if spec["cni_plugins"]:
+        mounts.append(f"{spec['cni_plugins']}:{CNI_PLUGINS_IN_NODE}:ro")
     api = {"hostIP": spec["api"]["bind"], "hostPort": str(spec["api"]["port"])}
     if spec["api"]["server_name"]:
         api["host"] = spec["api"]["server_name"]
@@ -273,6 +283,28 @@ def heal(machine: Machine, cluster: Cluster) -> bool:
     return bool(down) or not api["published"]
 
 
+def attach(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> bool:
+    """Connects the nodes to their second network, in the LAN, or disconnects them where none is
+    declared. Docker keeps it over restarts; only a node that was made anew lacks it. Returns
+    whether there was anything to do.
+
+    The network's name begins with the first one's, so that eth0 and the default route stay with
+    that: Docker goes by the order of names (moby/libnetwork issues 1141 and 2093).
+    """
+    lacking, spare = lan_changes(spec, cluster)
+    for node in lacking:
+        argv = ["docker", "network", "connect", spec["lan_network"], node]
+        step = f"connecting {node} to {spec['lan_network']}"
+        say(step)
+        run_tool(machine, argv, step, "failed", timeout=120.0)
+    for network, node in spare:
+        argv = ["docker", "network", "disconnect", network, node]
+        step = f"disconnecting {node} from {network}"
+        say(step)
+        run_tool(machine, argv, step, "failed", timeout=120.0)
+    return bool(lacking or spare)
+
+
 def delete(machine: Machine, name: str) -> None:
     """Deletes a cluster that its caller has confirmed. The storage directory stays."""
     tool_version(machine, "k3d")
@@ -292,6 +324,7 @@ def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     spec = cluster_spec(spec, "k3d inspect")
     cluster = look(machine, spec["name"], spec["network"]["name"])
     refuse_docker_resolvers(machine, spec)
+    refuse_unknown_interface(machine, spec)
     return {"cluster": inspected(machine, spec, cluster)}
 
 
@@ -412,6 +445,8 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         else:
             changed = heal(machine, cluster)
         if changed:
+            cluster = look(machine, name, spec["network"]["name"])
+        if attach(machine, spec, cluster):
             cluster = look(machine, name, spec["network"]["name"])
         if cluster.state == "absent":
             raise Failure(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hostctl.cluster import Cluster, Node
+from hostctl.cluster import Cluster, Node, network_of
 from hostctl.machine import Machine
 from hostctl.record import read_record
 from hostctl.spec import SECRET_ARGUMENT
@@ -17,6 +17,7 @@ from hostctl.tools import attempt
 
 STORAGE_IN_NODE = "/var/lib/rancher/k3s/storage"
 DATASTORE_IN_NODE = "/var/lib/rancher/k3s/server"
+CNI_PLUGINS_IN_NODE = "/opt/cni/plugins"
 RESOLVERS_IN_NODE = "/etc/rancher/k3s/resolv.conf"
 API_PORT_IN_NODE = "6443/tcp"
 _OF_SETTINGS = ("--disable", "--resolv-conf", "--cluster-init", "--secrets-encryption")
@@ -53,6 +54,8 @@ def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[st
         "resolvers": _live_resolvers(machine, server, unseen),
         "storage_dir": storage,
         "datastore_dir": os.path.dirname(datastore) if datastore else None,
+        "cni_plugins": server.mount(CNI_PLUGINS_IN_NODE),
+        "lan": sorted(lan_of(cluster)),
         "network": {
             "name": labels.get("k3d.cluster.network"),
             "subnet": subnet_of(cluster.network),
@@ -116,6 +119,31 @@ def _live_resolvers(machine: Machine, server: Node, unseen: list[str]) -> list[s
         unseen.append(f"resolvers: {source} cannot be read ({error.strerror or error})")
         return None
     return re.findall(r"^\s*nameserver\s+(\S+)", text, re.MULTILINE)
+
+
+def lan_of(cluster: Cluster) -> dict[str, list[str]]:
+    """The nodes on each network that a cluster's nodes have besides their own."""
+    own = network_of(cluster.nodes)
+    found: dict[str, list[str]] = {}
+    for node in cluster.of("server", "agent"):
+        for name in node.facts["NetworkSettings"].get("Networks") or {}:
+            if name != own:
+                found.setdefault(name, []).append(node.name)
+    return found
+
+
+def lan_changes(
+    spec: Mapping[str, Any], cluster: Cluster
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Nodes that lack the declared second network; network and node of each that has one too many.
+    Only networks of that name are ours."""
+    attached = lan_of(cluster)
+    wanted = spec["lan_network"]
+    there = attached.get(wanted, []) if wanted else []
+    lacking = [node.name for node in cluster.of("server", "agent") if wanted]
+    ours = f"{spec['network']['name']}-lan"
+    spare = [] if wanted else [(ours, node) for node in attached.get(ours, [])]
+    return [node for node in lacking if node not in there], spare
 
 
 def subnet_of(network: Mapping[str, Any] | None) -> str | None:
@@ -184,6 +212,11 @@ def differences(
     if live["datastore_dir"] is not None:
         # A cluster made without that mount gets it with the next swap of its node.
         compare("datastoreDir", spec["datastore_dir"], live["datastore_dir"])
+    compare("cniPlugins", spec["cni_plugins"], live["cni_plugins"])
+    lacking, spare = lan_changes(spec, cluster)
+    if lacking or spare:
+        declared = spec["lan_network"] or "none"
+        found.append(_adjustable("lan", declared, live["lan"], "up connects or disconnects nodes"))
     compare("secretsEncryption", spec["secrets_encryption"], live["secrets_encryption"])
     compare("network.name", spec["network"]["name"], live["network"]["name"])
     compare("network.subnet", spec["network"]["subnet"], live["network"]["subnet"])

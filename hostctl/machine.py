@@ -444,6 +444,10 @@ class Machine:
                 return False
         return True
 
+    def interfaces(self) -> list[str]:
+        """Names of the interfaces of this network, sorted."""
+        return sorted(name for _, name in socket.if_nameindex())
+
     def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
         with contextlib.closing(_socket(address, protocol)) as probe:
             if protocol == "tcp":

@@ -61,6 +61,7 @@ def create_errors(
         *_tool_findings(machine, spec),
         *_host_findings(machine, spec),
         *_directory_findings(machine, spec),
+        *_reference_plugin_findings(machine, spec),
         *port_errors(machine, spec, former),
     ]
     return [one for one in found if one.severity == "error"]
@@ -99,20 +100,46 @@ def port_errors(
         if machine.has_address(bind) and not machine.port_is_free(bind, port, protocol):
             yield Finding(
                 "error",
-                f"{protocol} port {port} on {bind} is in use",
+                f"{protocol} port {port} on {bind} is in use{_user_of(machine, port, protocol)}",
                 f"see by what: ss --listening --{protocol} --processes 'sport = :{port}'; stop it "
                 "or choose another port",
             )
+
+
+def _user_of(machine: Machine, port: int, protocol: str) -> str:
+    """Who listens on a port, as far as can be told, and whose it usually is."""
+    argv = ["ss", "--no-header", "--listening", "--numeric", "--processes", f"--{protocol}"]
+    program = re.search(r'users:\(\("([^"]+)"', _output(machine, [*argv, f"sport = :{port}"]) or "")
+    by = f" by {program.group(1)}" if program else ""
+    return by + (f": {port} is the port of {_SERVICES[port]}" if port in _SERVICES else "")
+
+
+def refuse_unknown_interface(machine: Machine, spec: Mapping[str, Any]) -> None:
+    """Docker makes a network on an interface that is not there, with nothing behind it."""
+    wanted = spec["lan_interface"]
+    if not wanted:
+        return
+    there = machine.interfaces()
+    if wanted not in there:
+        raise Failure(
+            "refused",
+            f"checking the interface of cluster {spec['name']} in the LAN",
+            f"the host has no {wanted}; it has {', '.join(there)}",
+            "name one of those in homelab:network.multus.interface; a bridge, a bond or a VLAN is "
+            "made on the host first (TrueNAS SCALE: Network > Interfaces)",
+        )
 
 
 def _cluster_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _tool_findings(machine, spec)
     yield from _host_findings(machine, spec)
     yield from _directory_findings(machine, spec)
+    yield from _reference_plugin_findings(machine, spec)
     cluster = None
     try:
         cluster = look(machine, spec["name"], spec["network"]["name"])
         refuse_docker_resolvers(machine, spec)
+        refuse_unknown_interface(machine, spec)
     except Failure as failure:
         yield Finding("error", f"{failure.step}: {failure.cause}", failure.remedy)
     for bind in dict.fromkeys(bind for bind, _, _ in published_ports(spec)):
@@ -134,7 +161,7 @@ def _cluster_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Fin
                 "warning",
                 "flannel is off (--flannel-backend=none): nodes stay NotReady, and pods Pending, "
                 f"until a network plugin puts {', '.join(_PLUGINS)} into /opt/cni/bin of each node",
-                "declare what installs it (Calico's operator, or Multus with the CNI plugins)",
+                "homelab:cluster.cni calico installs it; Multus alone is none",
             )
         return
     yield from _running_findings(machine, spec, cluster)
@@ -433,9 +460,29 @@ def _plugin_findings(machine: Machine, cluster: Cluster) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"flannel is off and {node.name} has no {', '.join(missing)} in /opt/cni/bin",
-                "let the network plugin install them there (Calico's calico-node does; Multus "
-                "needs the CNI plugins beside it)",
+                "let the network plugin install them there (Calico's calico-node does)",
             )
+
+
+def _reference_plugin_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Finding]:
+    """The plugins for more interfaces, in the directory that is mounted into the nodes."""
+    directory = spec["cni_plugins"]
+    if not directory:
+        return
+    try:
+        there = machine.names(directory)
+    except OSError as error:
+        what = f"{directory} cannot be looked at: {error.strerror or error}"
+        yield Finding("info", what, "run hostctl as root")
+        return
+    missing = [one for one in _REFERENCE_PLUGINS if one not in there]
+    if missing:
+        yield Finding(
+            "error",
+            f"{directory} has no {', '.join(missing)}: Multus attaches no interface without",
+            "unpack cni-plugins-linux-ARCH-VERSION.tgz of "
+            "github.com/containernetworking/plugins/releases there",
+        )
 
 
 # Looking
@@ -463,6 +510,15 @@ def _output(machine: Machine, argv: Sequence[str]) -> str | None:
 
 
 _PLUGINS = ("bridge", "host-local", "loopback", "portmap")
+_REFERENCE_PLUGINS = ("bridge", "dhcp", "host-local", "macvlan", "static")
+_SERVICES = {
+    22: "SSH",
+    80: "the host's web interface",
+    111: "rpcbind, which NFS needs",
+    443: "the host's web interface",
+    2049: "the NFS server",
+    3260: "the iSCSI target",
+}
 _NO_OWNERS = ("exfat", "fuseblk", "msdos", "ntfs", "ntfs3", "vfat")
 _UNSURE = {
     "tmpfs": "it is lost at the next boot",

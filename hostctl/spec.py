@@ -294,6 +294,7 @@ EXTERNAL_NAME = text_matching(
     "a host name with a dot, in lower case",
 )
 KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
+_NETWORK_NAME = text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,66}", "the name of a Docker network")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
 SECRET_ARGUMENT = re.compile(
@@ -333,12 +334,18 @@ CLUSTER_SPEC: dict[str, Any] = {
     "storage_dir": Value(_mount_path),
     "datastore_dir": Value(or_null(_mount_path), None),
     "network": {
-        "name": Value(
-            text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", "the name of a Docker network")
-        ),
+        "name": Value(_NETWORK_NAME),
         "subnet": Value(_subnet),
     },
     "secrets_encryption": Value(boolean, False),
+    # Directory with the CNI reference plugins; a second Docker network of the nodes and the
+    # interface of the host that it is on.
+    "cni_plugins": Value(or_null(_mount_path), None),
+    "lan_network": Value(or_null(_NETWORK_NAME), None),
+    "lan_interface": Value(
+        or_null(text_matching(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,14}", "an interface of the host")),
+        None,
+    ),
     "k3s_args": Items(Value(_k3s_argument, secret=True), []),
     "ports": Items(
         {

@@ -16,6 +16,7 @@ from hostctl.cluster import (
     container_facts,
     identity_of,
     look,
+    network_of,
     node_kubeconfig,
 )
 from hostctl.cluster_backup import (
@@ -50,13 +51,16 @@ def swap_node(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> No
     step = f"swapping the node of cluster {name}"
     networks = node.facts["NetworkSettings"].get("Networks") or {}
     source, credentials = datastore_of(node), node_kubeconfig(machine, cluster)
-    if len(networks) != 1 or not source or not credentials:
+    own = network_of([node]) or ""
+    # A second one, in the LAN, is connected again afterwards.
+    alone = networks.keys() - {f"{own}-lan"} == {own}
+    if not alone or not source or not credentials:
         lacks = "credentials yet" if source else f"mount at {os.path.dirname(DATASTORE_IN_NODE)}"
         connected = f"is connected to {', '.join(networks) or 'no network'}"
         raise Failure(
             "refused",
             step,
-            f"{node.name} {connected if len(networks) != 1 else f'has no {lacks}'}",
+            f"{node.name} {connected if not alone else f'has no {lacks}'}",
             f"see `hostctl k3d doctor {name}`; the node must be one that k3d made and that was "
             "ready once",
         )
@@ -282,7 +286,9 @@ def _create(machine: Machine, swap: Mapping[str, Any], old: Mapping[str, Any], s
     host = dict(old["HostConfig"])
     if swap["copied"]:
         host["Binds"] = [*(host.get("Binds") or []), f"{swap['data']}:{DATASTORE_IN_NODE}"]
-    ((network, endpoint_now),) = old["NetworkSettings"]["Networks"].items()
+    # Docker before API 1.44 takes one network at a create.
+    network = old["Config"]["Labels"]["k3d.cluster.network"]
+    endpoint_now = old["NetworkSettings"]["Networks"][network]
     # Docker itself adds the container's short id.
     aliases = [one for one in endpoint_now.get("Aliases") or [] if one != old["Id"][:12]]
     settings = {"Aliases": aliases, "IPAMConfig": endpoint_now.get("IPAMConfig")}

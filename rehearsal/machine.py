@@ -29,7 +29,9 @@ World, below `<rehearsal>/world/machine/`:
                             "<commit>"}}}; a repository that is not listed has every branch, at a
                             made-up commit
   addresses.json            {"<address>": seconds until an interface has it, or null for never}
-  ports.json                ports that others listen on, as 8080 or "8080/udp"; free: bytes of free
+  interfaces.json           names of the host's interfaces
+  ports.json                ports that others listen on, as 8080 or "8080/udp"; listeners.json:
+                            {"8080": the program that does}, as `ss` tells it; free: bytes of free
                             disk; file-system.json: [type, whether it can be written]
   pods.json                 {"lookup": what becomes of a pod that asks for a name: "resolves",
                             "fails", "no-image" or "unscheduled"}
@@ -214,6 +216,7 @@ class RehearsalMachine(Machine):
             "iscsiadm": lambda words, *_: _done("iscsiadm version 2.1.9\n"),
             "cryptsetup": lambda words, *_: _done("cryptsetup 2.7.5\n"),
             "lsblk": lambda words, *_: self._lsblk(words),
+            "ss": lambda words, *_: self._ss(words),
         }
         if argv[0] not in models:
             raise ToolMissing(argv[0])
@@ -229,6 +232,14 @@ class RehearsalMachine(Machine):
             self.write_atomic(to_file, ran.out, 0o600)
             return ran._replace(out=b"")
         return ran
+
+    def _ss(self, words: list[str]) -> Ran:
+        *flags, wanted = words
+        if flags[:4] != ["--no-header", "--listening", "--numeric", "--processes"]:
+            raise _Usage("ss without its options")
+        program = self.setting("listeners.json", {}).get(wanted.rpartition(":")[2])
+        shown = f'LISTEN 0 511 0.0.0.0:0 0.0.0.0:* users:(("{program}",pid=1,fd=6))\n'
+        return _done(shown if program else "")
 
     # Files
 
@@ -429,6 +440,9 @@ class RehearsalMachine(Machine):
         after = self.setting("addresses.json", {}).get(address, 0)
         return after is not None and self.setting("slept", 0.0) >= after
 
+    def interfaces(self) -> list[str]:
+        return sorted(self.setting("interfaces.json", ["br0", "docker0", "eno1", "lo"]))
+
     def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
         taken = self.setting("ports.json", [])
         if protocol == "udp":
@@ -593,6 +607,36 @@ class RehearsalMachine(Machine):
                 return _failed(f"Error response from daemon: network {name} not found")
             found.append(self._network_facts(network))
         return _done(json.dumps(found))
+
+    def _docker_network_connect(self, words: list[str]) -> Ran:
+        return self._attach(words, connect=True)
+
+    def _docker_network_disconnect(self, words: list[str]) -> Ran:
+        return self._attach(words, connect=False)
+
+    def _attach(self, words: list[str], *, connect: bool) -> Ran:
+        """A second network of a node; Docker keeps it while the container is there."""
+        _, (network, name) = _options(words)
+        there, found = self.docker_world.get(f"network/{network}"), self._node(name)
+        if there is None:
+            return _failed(f"Error response from daemon: network {network} not found")
+        if found is None:
+            return _failed(f"Error response from daemon: No such container: {name}")
+        cluster, node = found
+        attached = node.setdefault("attached", [])
+        if connect == (network in attached):
+            what = "already exists in" if connect else "is not connected to"
+            return _failed(f"Error response from daemon: endpoint {name} {what} network {network}")
+        endpoints = set(there.get("endpoints", []))
+        if connect:
+            attached.append(network)
+            endpoints.add(name)
+        else:
+            attached.remove(network)
+            endpoints.discard(name)
+        self.docker_world.put(f"network/{network}", {**there, "endpoints": sorted(endpoints)})
+        self._save(cluster)
+        return _done("")
 
     @staticmethod
     def _network_facts(network: Object) -> Object:
@@ -1024,6 +1068,7 @@ class RehearsalMachine(Machine):
             "IPAMConfig": None,
         }
         networks = {} if node.get("disconnected") else {node["network"]: endpoint}
+        networks |= {name: {**endpoint, "IPAddress": ""} for name in node.get("attached", [])}
         return {
             "Id": node.get("id") or self._random(f"{node['name']} {cluster['created']}"),
             "Name": f"/{node['name']}",
@@ -1325,8 +1370,11 @@ class RehearsalMachine(Machine):
     def _k3d_delete(self, words: list[str]) -> Ran:
         _, (name,) = _options(words)
         cluster = self.world.get(f"clusters/{name}")
-        for node in (cluster or {}).get("nodes", []):
-            key = f"network/{node['network']}"
+        nodes = (cluster or {}).get("nodes", [])
+        for node, one in [
+            (n, one) for n in nodes for one in (n["network"], *n.get("attached", []))
+        ]:
+            key = f"network/{one}"
             network = self.docker_world.get(key)
             if network:
                 left = [one for one in network.get("endpoints", []) if one != node["name"]]

@@ -281,6 +281,23 @@ class Rehearsal:
         """What the stand-ins shall do wrong from now on."""
         (self.directory / "faults.json").write_text(json.dumps(list(faults)))
 
+    def _put_host(self, host: Any, cluster: Any) -> None:
+        """What the settings say of the make-believe host, unless its world says otherwise: its init
+        system, and the CNI plugins that someone has unpacked there.
+        """
+        machine = self.directory / "world" / "machine"
+        init = host.get("init", "auto") if isinstance(host, Mapping) else "auto"
+        file = machine / "init.json"
+        if init != "auto" and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(init))
+        path = cluster.get("cniPlugins") if isinstance(cluster, Mapping) else None
+        directory = machine / "files" / str(path).lstrip("/")
+        if path and not directory.exists():
+            directory.mkdir(parents=True)
+            for name in ("bridge", "dhcp", "host-local", "macvlan", "static"):
+                (directory / name).touch(0o755)
+
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Replace the stack's whole configuration."""
         path = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
@@ -292,6 +309,7 @@ class Rehearsal:
             from rehearsal import existing
 
             existing.put(self.directory / "world", cluster)
+        self._put_host(named.get(f"{self.project}:host"), cluster)
         secrets = dict(_secrets(named))
         stack_file["config"] = _plain(named)
         path.write_text(yaml.safe_dump(stack_file, sort_keys=False))

@@ -1,6 +1,6 @@
 """A k3d cluster: its network by the docker provider, the cluster itself by hostctl on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Any
@@ -12,6 +12,7 @@ from pulumi_command import local
 import homelab
 from components import settings
 from components.host import Host, HostError, Reading, ask, result
+from components.settings import Network
 
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
 # wait for the API.
@@ -47,14 +48,18 @@ class LiveCluster:
 
     @classmethod
     def read(
-        cls, cluster: settings.K3dCluster, *, installs_k3d: bool = False
+        cls,
+        cluster: settings.K3dCluster,
+        *,
+        network: settings.Network | None = None,
+        installs_k3d: bool = False,
     ) -> "Reading[LiveCluster]":
         """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a
         cluster, another maker's cluster), or when a difference cannot be applied to the live
         cluster and no recreate is confirmed (incident 6). ``installs_k3d``: up installs it before
         it is needed.
         """
-        spec = {**cluster_spec(cluster), "installs_k3d": installs_k3d}
+        spec = {**cluster_spec(cluster, network), "installs_k3d": installs_k3d}
         seen = (yield from ask(["k3d", "inspect"], spec))["cluster"]
         live = cls(
             state=seen["state"],
@@ -141,8 +146,11 @@ class LiveCluster:
             pulumi.log.warn(f"cluster {cluster.name}: not seen: {unseen}")
 
 
-def cluster_spec(cluster: settings.K3dCluster) -> dict[str, Any]:
+def cluster_spec(
+    cluster: settings.K3dCluster, network: settings.Network | None = None
+) -> dict[str, Any]:
     """The settings as `hostctl k3d inspect` and `ensure` take them."""
+    multus = network and network.multus
     return {
         "name": cluster.name,
         "image": cluster.image,
@@ -158,8 +166,11 @@ def cluster_spec(cluster: settings.K3dCluster) -> dict[str, Any]:
         "storage_dir": cluster.storage_dir,
         "datastore_dir": cluster.datastore_dir,
         "network": {"name": cluster.network.name, "subnet": cluster.network.subnet},
+        "lan_network": _lan_name(cluster) if multus else None,
+        "lan_interface": multus.interface if multus else None,
         "secrets_encryption": cluster.secrets_encryption,
-        "k3s_args": list(cluster.k3s_args),
+        "k3s_args": cluster.k3s_arguments,
+        "cni_plugins": cluster.cni_plugins,
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
         "recreate": cluster.recreate,
@@ -182,12 +193,15 @@ def _rotated_kubeconfig(
 
 @dataclass(frozen=True)
 class K3dClusterArgs:
-    """``live`` is what the host holds now; ``docker`` reaches the host's Docker engine."""
+    """``live`` is what the host holds now; ``docker`` reaches the host's Docker engine; of
+    ``network`` the nodes get their second interface.
+    """
 
     settings: settings.K3dCluster
     live: LiveCluster
     host: Host
     docker: docker.Provider
+    network: Network = field(default_factory=Network)
 
 
 class K3dCluster(pulumi.ComponentResource):
@@ -206,14 +220,13 @@ class K3dCluster(pulumi.ComponentResource):
     """Derived from the cluster's own CA certificate: another cluster, another fingerprint."""
     output: pulumi.Output[homelab.Cluster]
     """As consumers of the stack read it."""
-    acceptance: pulumi.Output[homelab.Acceptance]
-    """How the cluster was accepted after its last change."""
 
     def __init__(
         self, name: str, args: K3dClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
         super().__init__("homelab:index:K3dCluster", name, None, opts)
         cluster = args.settings
+        spec = cluster_spec(cluster, args.network)
         deletable = cluster.delete == cluster.name
         docker_options = pulumi.ResourceOptions(parent=self, provider=args.docker)
 
@@ -235,6 +248,9 @@ class K3dCluster(pulumi.ComponentResource):
                 )
             )
 
+        if args.network.multus and args.network.lan:
+            needs.append(_lan(cluster, args.network.multus, args.network.lan, docker_options))
+
         seconds = 2 * cluster.api_wait_seconds + _SLACK_SECONDS
         if cluster.recreate or args.live.swaps:
             seconds += _BACKUP_SECONDS
@@ -243,7 +259,7 @@ class K3dCluster(pulumi.ComponentResource):
             "cluster",
             ["k3d", "ensure"],
             {
-                **cluster_spec(cluster),
+                **spec,
                 "generation": args.live.generation,
                 "incarnation": args.live.incarnation,
                 "confirm": cluster.delete,
@@ -276,24 +292,6 @@ class K3dCluster(pulumi.ComponentResource):
                 },
                 opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
             )
-        accept = args.host.command(
-            "acceptance",
-            ["k3d", "accept"],
-            {
-                "name": cluster.name,
-                "acceptance": cluster.acceptance.model_dump(),
-                "generation": args.live.acceptance_generation,
-                # Whatever makes `ensure` change the cluster makes it accepted again.
-                "of": {
-                    **cluster_spec(cluster),
-                    "generation": args.live.generation,
-                    "incarnation": args.live.incarnation,
-                },
-            },
-            opts=pulumi.ResourceOptions(parent=self, depends_on=[ensure]),
-        )
-        self.acceptance = result(accept).apply(lambda seen: _announced(seen["acceptance"]))
-
         # Of a cluster that stays it is known: no edit of how the host is reached, which changes the
         # command above, makes it unknown and a preview threaten to replace what lives in it.
         self.fingerprint = (
@@ -310,7 +308,31 @@ class K3dCluster(pulumi.ComponentResource):
             storageClass=cluster.storage_class.name,
             k3sVersion=result(ensure).apply(lambda seen: seen["cluster"]["k3s_version"]),
         ).apply(lambda seen: homelab.Cluster(**seen))
+        self._args, self._ensure = args, ensure
         self.register_outputs({"output": self.output})
+
+    def accept(self, after: Sequence[pulumi.Resource] = ()) -> pulumi.Output[homelab.Acceptance]:
+        """Has the cluster accepted after its last change, and says how that went. ``after`` is
+        what its pods need besides the cluster: a pod network that k3s does not bring.
+        """
+        args, cluster = self._args, self._args.settings
+        accept = args.host.command(
+            "acceptance",
+            ["k3d", "accept"],
+            {
+                "name": cluster.name,
+                "acceptance": cluster.acceptance.model_dump(),
+                "generation": args.live.acceptance_generation,
+                # Whatever makes `ensure` change the cluster makes it accepted again.
+                "of": {
+                    **cluster_spec(cluster, args.network),
+                    "generation": args.live.generation,
+                    "incarnation": args.live.incarnation,
+                },
+            },
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[self._ensure, *after]),
+        )
+        return result(accept).apply(lambda seen: _announced(seen["acceptance"]))
 
 
 def _announced(answer: dict[str, str]) -> homelab.Acceptance:
@@ -326,6 +348,34 @@ def server_url(cluster: settings.K3dCluster) -> str:
     """
     name = cluster.api.server_name or cluster.api.bind
     return f"https://{f'[{name}]' if ':' in name else name}:{cluster.api.port}"
+
+
+def _lan_name(cluster: settings.K3dCluster) -> str:
+    # In the order of names after the first: Docker takes eth0 and the default route from that.
+    return f"{cluster.network.name}-lan"
+
+
+def _lan(
+    cluster: settings.K3dCluster,
+    multus: settings.Multus,
+    lan: settings.Lan,
+    options: pulumi.ResourceOptions,
+) -> docker.Network:
+    """The nodes' way into the LAN: without it a macvlan in them ends at Docker's own bridge."""
+    return docker.Network(
+        "lan",
+        name=_lan_name(cluster),
+        driver="macvlan",
+        options={"parent": multus.interface},
+        ipam_configs=[
+            docker.NetworkIpamConfigArgs(
+                subnet=lan.subnet, gateway=lan.gateway, ip_range=multus.nodes
+            )
+        ],
+        opts=pulumi.ResourceOptions.merge(
+            options, pulumi.ResourceOptions(delete_before_replace=True)
+        ),
+    )
 
 
 def _ipam(subnet: str) -> docker.NetworkIpamConfigArgs:

@@ -11,6 +11,7 @@ from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
 from components.host import Connection, Host, Reading, together
+from components.network.calico import Calico, CalicoArgs
 from components.storage.local import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
 
@@ -60,7 +61,8 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     from components.cluster.k3d import LiveCluster
 
     live, units = yield from together(
-        LiveCluster.read(stack.cluster, installs_k3d=stack.host.k3d.install), LiveUnits.read(stack)
+        LiveCluster.read(stack.cluster, network=stack.network, installs_k3d=stack.host.k3d.install),
+        LiveUnits.read(stack),
     )
     return _K3d(stack, stack.cluster, connection.name, live, units)
 
@@ -98,7 +100,8 @@ class _K3d:
 
         assert engine is not None
         name, live = self._cluster.name, self._live
-        k3d = K3dCluster(name, K3dClusterArgs(self._cluster, live, host, engine))
+        args = K3dClusterArgs(self._cluster, live, host, engine, self._stack.network)
+        k3d = K3dCluster(name, args)
         kubeconfig = Kubeconfig(name, KubeconfigArgs(self._cluster, live, host, k3d))
         cluster = Cluster(
             name=name,
@@ -109,9 +112,12 @@ class _K3d:
             incarnation=live.incarnation,
             anew=live.anew,
         )
+        pod_network = []
+        if self._cluster.cni == "calico":
+            pod_network.append(Calico(name, CalicoArgs(self._cluster.pod_subnet, cluster)))
         LocalStorage(name, LocalStorageArgs(self._cluster.storage_class, cluster))
         Units(name, UnitsArgs(self._stack, self._units, host, after=[k3d]))
-        return Declared(cluster, k3d.output, kubeconfig.content, k3d.acceptance)
+        return Declared(cluster, k3d.output, kubeconfig.content, k3d.accept(pod_network))
 
 
 class _Existing:

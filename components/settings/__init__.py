@@ -20,7 +20,17 @@ from components.settings.cluster import (
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
-from components.settings.network import Acme, Lan, MetalLB, Network, Pool, Traefik
+from components.settings.network import (
+    Acme,
+    Attachment,
+    Ipam,
+    Lan,
+    MetalLB,
+    Multus,
+    Network,
+    Pool,
+    Traefik,
+)
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
@@ -69,6 +79,7 @@ __all__ = [
     "AnyCluster",
     "Api",
     "ArgoCD",
+    "Attachment",
     "AuthKey",
     "Backups",
     "Ceph",
@@ -83,6 +94,7 @@ __all__ = [
     "ExternalConnector",
     "Host",
     "HostConnector",
+    "Ipam",
     "IscsiClass",
     "IscsiVolume",
     "K3d",
@@ -94,6 +106,7 @@ __all__ = [
     "Longhorn",
     "LonghornClass",
     "MetalLB",
+    "Multus",
     "Namespace",
     "Network",
     "NfsClass",

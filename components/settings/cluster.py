@@ -24,12 +24,11 @@ from components.settings.model import (
 )
 from components.settings.problem import Path, Problem, key_path
 
-# Docker's own bridge, and what k3s gives to pods and Services.
-_TAKEN = {
-    "Docker's default bridge": ip_network("172.17.0.0/16"),
-    "the pods of k3s": ip_network("10.42.0.0/16"),
-    "the Services of k3s": ip_network("10.43.0.0/16"),
-}
+# Docker's own bridge, and what k3s gives to Services.
+_BRIDGE = ip_network("172.17.0.0/16")
+_SERVICES = ip_network("10.43.0.0/16")
+_PODS = "10.42.0.0/16"
+_WITHOUT_FLANNEL = ["--flannel-backend=none", "--disable-network-policy"]
 _SYSTEM = frozenset(
     {"bin", "boot", "dev", "etc", "lib", "lib64", "nix", "proc", "run", "sbin", "sys", "tmp", "usr"}
 )
@@ -48,6 +47,7 @@ _SHARED = frozenset(
     }
 )
 _OWN_SETTING = {
+    "--cluster-cidr": "homelab:cluster.podSubnet",
     "--disable": "homelab:cluster.disable",
     "--secrets-encryption": "homelab:cluster.secretsEncryption",
     "--resolv-conf": "homelab:cluster.resolvers",
@@ -136,7 +136,9 @@ NetworkName = Annotated[
         "a Docker network of this cluster's own: letters, digits, `_`, `.` and `-`, and not "
         "bridge, host, none or container:...",
         "leave it out for k3d-<cluster's name>: nodes in the host's network lose their isolation "
-        "and their port mappings",
+        "and their port mappings, k3s takes ports of the host's own services (6443, 10250, "
+        "30000-32767), MetalLB and Multus still do not work, and k3d allows one server. "
+        "For addresses in the LAN: homelab:network.multus (docs/truenas.md)",
         "k3d-example",
         r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
         lambda name: name.lower() not in {"bridge", "default", "host", "none"},
@@ -368,6 +370,21 @@ class K3dCluster(Model):
         validate_default=True,
         description="The Docker network of the nodes. Fixed at creation.",
     )
+    cni: Literal["flannel", "calico"] = Field(
+        default="flannel",
+        description="The pod network: k3s's own `flannel` with its network policy controller, or "
+        "`calico`, which takes the place of both. Fixed at creation.",
+    )
+    pod_subnet: Subnet = Field(
+        default=_PODS,
+        description="The range of the pods, for k3s and for Calico alike. Fixed at creation.",
+    )
+    cni_plugins: AbsolutePath | None = Field(
+        default=None,
+        description="Directory of the host with the CNI reference plugins (bridge, dhcp, "
+        "host-local, macvlan, static), mounted read-only into every node as /opt/cni/plugins: k3s "
+        "brings no macvlan. Required with homelab:network.multus. Fixed at creation.",
+    )
     k3s_args: list[K3sArgument] = Field(
         default=[],
         description="More arguments for the k3s servers, one an entry. Fixed at creation.",
@@ -413,6 +430,16 @@ class K3dCluster(Model):
     def _name_datastore(cls, path: str, info: ValidationInfo) -> str:
         return path.replace("<storageDir>", info.data.get("storage_dir", "/example"))
 
+    @property
+    def k3s_arguments(self) -> list[str]:
+        """All arguments of the servers that follow from the settings of the network, and
+        ``k3s_args``.
+        """
+        found = list(_WITHOUT_FLANNEL) if self.cni == "calico" else []
+        if self.pod_subnet != _PODS:
+            found.append(f"--cluster-cidr={self.pod_subnet}")
+        return [*found, *self.k3s_args]
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong across the fields."""
         storage, datastore = f"{self.storage_dir}/", f"{self.datastore_dir}/"
@@ -427,15 +454,8 @@ class K3dCluster(Model):
         yield from self._api_problems()
         yield from self._resolver_problems()
         yield from self._port_problems()
-        subnet = ip_network(self.network.subnet)
-        for owner, taken in _TAKEN.items():
-            if subnet.overlaps(taken):
-                yield Problem(
-                    ("cluster", "network", "subnet"),
-                    self.network.subnet,
-                    f"a network outside {taken}, which belongs to {owner}",
-                    "choose another private range, for example 172.30.0.0/16",
-                )
+        yield from self._subnet_problems()
+        yield from self._cni_problems()
         for key in ("recreate", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:
@@ -463,6 +483,55 @@ class K3dCluster(Model):
                 "choose a larger range",
                 involves=[("cluster", "servers"), ("cluster", "agents")],
             )
+
+    def _subnet_problems(self) -> Iterator[Problem]:
+        pods: Path = ("cluster", "podSubnet")
+        taken = {
+            "Docker's default bridge": (_BRIDGE, []),
+            "the pods of k3s": (ip_network(self.pod_subnet), [pods]),
+            "the Services of k3s": (_SERVICES, []),
+        }
+        for owner, (network, involves) in taken.items():
+            if ip_network(self.network.subnet).overlaps(network):
+                yield Problem(
+                    ("cluster", "network", "subnet"),
+                    self.network.subnet,
+                    f"a network outside {network}, which belongs to {owner}",
+                    "choose another private range, for example 172.30.0.0/16",
+                    involves=involves,
+                )
+        for owner in ("Docker's default bridge", "the Services of k3s"):
+            network, _ = taken[owner]
+            if ip_network(self.pod_subnet).overlaps(network):
+                yield Problem(
+                    pods,
+                    self.pod_subnet,
+                    f"a network outside {network}, which belongs to {owner}",
+                    f"choose another private range, or leave it out for {_PODS}",
+                )
+
+    def _cni_problems(self) -> Iterator[Problem]:
+        for index, argument in enumerate(self.k3s_args):
+            path: Path = ("cluster", "k3sArgs", index)
+            if argument in _WITHOUT_FLANNEL:
+                yield Problem(
+                    path,
+                    argument,
+                    "arguments that leave the cluster a pod network and its network policies: "
+                    "Multus is none, it only adds interfaces to the one that there is",
+                    "remove it; for another pod network set homelab:cluster.cni: calico",
+                    "leaves the nodes NotReady, or network policies without effect",
+                    [("cluster", "cni")],
+                )
+            elif self.cni == "calico" and argument.startswith("--flannel-"):
+                yield Problem(
+                    path,
+                    argument,
+                    "arguments other than flannel's with homelab:cluster.cni calico",
+                    "remove it, or go back to homelab:cluster.cni: flannel",
+                    "has no effect",
+                    [("cluster", "cni")],
+                )
 
     def _api_problems(self) -> Iterator[Problem]:
         bind = ip_address(self.api.bind)
@@ -499,7 +568,7 @@ class K3dCluster(Model):
                     f"it is inside the cluster's own network {subnet}",
                     [("cluster", "network", "subnet")],
                 )
-            elif address in _TAKEN["Docker's default bridge"]:
+            elif address in _BRIDGE:
                 reason = "it is on Docker's bridge, where the resolver moves with Docker's version"
             if reason:
                 yield Problem(

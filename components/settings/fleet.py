@@ -30,10 +30,7 @@ _ON_HOST, _IN_ACCOUNT = "on host ", "in Cloudflare account "
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # What k3s takes without an argument, by the argument.
-_K3S_NETWORKS = {
-    "--cluster-cidr": ("pod network", "10.42.0.0/16"),
-    "--service-cidr": ("Service network", "10.43.0.0/16"),
-}
+_K3S_NETWORKS = {"--service-cidr": ("Service network", "10.43.0.0/16")}
 
 # What may lie in the same addresses, each pair under one of the two. Stacks in one LAN have its
 # router, its DHCP range and its reserved addresses in common; a machine may be the host of one, a
@@ -43,6 +40,7 @@ _BESIDE = {
     "LAN": {
         *("LAN", "router", "DHCP range", "reserved address", "address pool"),
         *("host address", "node address", "DNS server"),
+        *("nodes' addresses in the LAN", "pods' addresses in the LAN"),
     },
     "router": {"router"},
     "DHCP range": {"DHCP range", "reserved address"},
@@ -317,6 +315,8 @@ def _claims_of_k3d(cluster: K3dCluster, here: str) -> Iterator[Claim]:
     for index, resolver in enumerate(cluster.resolvers):
         path = ("cluster", "resolvers", index)
         yield Claim("DNS server", resolver, path, Addresses.of(resolver), here)
+    path = ("cluster", "podSubnet")
+    yield Claim("pod network", cluster.pod_subnet, path, Addresses.of(cluster.pod_subnet), here)
     given = {
         argument.partition("=")[0]: (index, argument.partition("=")[2])
         for index, argument in enumerate(cluster.k3s_args)
@@ -367,6 +367,18 @@ def _claims_of_lan(network: Network, place: str | None) -> Iterator[Claim]:
             # Without what the router reserves: the machines that have that are known.
             for part in _without(Addresses.of(lan.dhcp), map(ip_address, lan.reserved.values())):
                 yield Claim("DHCP range", lan.dhcp, ("network", "lan", "dhcp"), part)
+    if (multus := network.multus) is not None:
+        if lan is not None:
+            # Docker makes two networks with the same addresses on no host.
+            path = ("network", "multus")
+            yield Claim("Docker network in the LAN", lan.subnet, path, lan.subnet, place)
+        path = ("network", "multus", "nodes")
+        what = "nodes' addresses in the LAN"
+        yield Claim(what, multus.nodes, path, Addresses.of(multus.nodes))
+        for index, attached in enumerate(multus.networks):
+            if attached.type == "macvlan" and (span := attached.ipam.range) is not None:
+                path = ("network", "multus", "networks", index, "ipam", "range")
+                yield Claim("pods' addresses in the LAN", span, path, Addresses.of(span))
     for index, pool in enumerate(network.metallb.pools if network.metallb else ()):
         path = ("network", "metallb", "pools", index, "addresses")
         yield Claim("address pool", pool.addresses, path, Addresses.of(pool.addresses), place)

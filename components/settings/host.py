@@ -104,6 +104,14 @@ def _docker_of(host: dict[str, Any]) -> str:
     return f"ssh://{user}{f'[{address}]' if ':' in address else address}:{host.get('port', 22)}"
 
 
+# What TrueNAS SCALE listens on unless it is told otherwise.
+_TRUENAS = {"ssh": 22, "web": 80, "rpcbind": 111, "web-tls": 443, "nfs": 2049, "iscsi": 3260}
+
+
+def _services_of(host: dict[str, Any]) -> dict[str, int]:
+    return dict(_TRUENAS) if host.get("init") == "truenas" else {}
+
+
 class K3d(Model):
     """The k3d that the stack installs for its own use, below /var/lib/homelab/bin."""
 
@@ -203,6 +211,12 @@ class Host(Model):
         description="What starts the cluster at boot, cleans and backs up: units of `systemd`, a"
         " module to import on `nixos`, init script and cron jobs of `truenas`, or `none`. `auto`"
         " looks what the host has.",
+    )
+    services: dict[Name, Port] = Field(
+        default_factory=_services_of,
+        description="TCP ports of the host's own services, by service; nothing of the stack is "
+        "published on them. Default with init `truenas`: {ssh: 22, web: 80, rpcbind: 111, "
+        "web-tls: 443, nfs: 2049, iscsi: 3260}; else none. Write what differs as a whole.",
     )
     secret_files: Literal["host", "here"] = Field(
         default="host",

@@ -4,7 +4,8 @@ An address has one owner: the router, its DHCP server, a node, another machine, 
 overlaps is refused with both keys.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Annotated, Literal
@@ -19,7 +20,9 @@ from components.settings.problem import Path, Problem, key_path
 METALLB_NAMESPACE = "metallb-system"
 TRAEFIK_NAMESPACE = "traefik"
 # What k3s gives where nothing else is said, which no setting of a k3d cluster changes.
-_K3S_RANGES = {"the pods of k3s": "10.42.0.0/16", "the Services of k3s": "10.43.0.0/16"}
+_K3S_SERVICES = "10.43.0.0/16"
+# What no switch of the LAN is on: the host alone, Docker's and the pods' own interfaces.
+_OF_THE_HOST_ALONE = re.compile(r"lo|docker0|cni0|br-[0-9a-f]{12}|(?:veth|flannel|cali|virbr).*")
 
 
 def _is_range(text: str) -> bool:
@@ -41,6 +44,17 @@ AddressRange = Annotated[
         "192.168.1.240-192.168.1.245",
         r"[0-9.]{7,15}(?:-[0-9.]{7,15}|/[0-9]{1,2})",
         _is_range,
+    ),
+]
+LanInterface = Annotated[
+    str,
+    Text(
+        "the host's interface in the LAN, not lo, docker0, or one of Docker's and the pods' own",
+        "write the one that `ip route get` shows for homelab:network.lan.gateway, run on the host; "
+        "with a bridge over the card, the bridge",
+        "br0",
+        r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}",
+        lambda name: not _OF_THE_HOST_ALONE.fullmatch(name),
     ),
 ]
 Size = Annotated[
@@ -194,6 +208,49 @@ class Traefik(Model):
     acme: Acme | None = Field(default=None, description="Certificates; none where left out.")
 
 
+class Ipam(Model):
+    """Where the addresses of an attached interface come from."""
+
+    type: Literal["host-local", "static", "dhcp"] = Field(
+        description="`host-local`: one of the range, counted on the node; `static`: the one that "
+        "the pod's annotation asks for; `dhcp`: the LAN's DHCP server."
+    )
+    range: AddressRange | None = Field(
+        default=None,
+        description="Addresses that nobody else uses; required with host-local and, so that "
+        "nobody else takes them, with static.",
+    )
+
+
+class Attachment(Model):
+    """A NetworkAttachmentDefinition: a network that a pod may have besides the cluster's."""
+
+    name: ObjectName = Field(description="Its name, as a pod's annotation names it.")
+    namespace: Name = Field(default="default", description="Its namespace.")
+    type: Literal["macvlan", "bridge"] = Field(
+        default="macvlan",
+        description="`macvlan`: an interface in the LAN. `bridge`: a network between the pods of "
+        "one node.",
+    )
+    subnet: IPv4Range | None = Field(
+        default=None, description="Range of a `bridge`; that of a `macvlan` is the LAN's."
+    )
+    ipam: Ipam = Field(description="Its addresses.")
+
+
+class Multus(Model):
+    """Multus, and the networks that it attaches pods to (docs/truenas.md)."""
+
+    interface: LanInterface = Field(
+        description="The host's interface in the LAN: the nodes get a second one, eth1, on it."
+    )
+    nodes: IPv4Range = Field(
+        description="Addresses for eth1 of the nodes, a network inside the LAN; nobody else may "
+        "use them."
+    )
+    networks: list[Attachment] = Field(description="The NetworkAttachmentDefinitions.")
+
+
 class Network(Model):
     """The LAN, and what the cluster takes of it."""
 
@@ -202,6 +259,10 @@ class Network(Model):
         default=None, description="Addresses for Services of type LoadBalancer; none without it."
     )
     traefik: Traefik | None = Field(default=None, description="The ingress; none without it.")
+    multus: Multus | None = Field(
+        default=None,
+        description="More networks for pods of a k3d cluster, above all the LAN; none without it.",
+    )
 
     @property
     def namespaces(self) -> dict[str, Path]:
@@ -213,10 +274,16 @@ class Network(Model):
             found[TRAEFIK_NAMESPACE] = ("network", "traefik")
         return found
 
-    def problems(self, cluster: K3dCluster | ExistingCluster) -> Iterator[Problem]:
-        """What is wrong across the fields, and between them and the cluster."""
+    def problems(
+        self, cluster: K3dCluster | ExistingCluster, host: str | None = None
+    ) -> Iterator[Problem]:
+        """What is wrong across the fields, and between them, the cluster and the host's address."""
         if self.lan is not None:
             yield from self.lan.problems()
+            if isinstance(cluster, K3dCluster):
+                yield from self._apart_problems(self.lan, cluster)
+        if self.multus is not None:
+            yield from self._multus_problems(self.multus, cluster, host)
         if isinstance(cluster, ExistingCluster):
             yield from self._node_problems(cluster)
         if self.metallb is not None:
@@ -372,8 +439,8 @@ class Network(Model):
             for address, what in ends:
                 yield _Claim(Span(address, address), f"{home.owner} itself: {what}", home.path)
         if isinstance(cluster, K3dCluster):
-            for owner, subnet in _K3S_RANGES.items():
-                yield _Claim(Span.of(subnet), owner)
+            yield _Claim(Span.of(cluster.pod_subnet), "the pods of k3s", ("cluster", "podSubnet"))
+            yield _Claim(Span.of(_K3S_SERVICES), "the Services of k3s")
             # Docker gives addresses from the bottom: gateway, nodes, k3d's helpers.
             bottom = Span.of(cluster.network.subnet).first
             nodes = 1 + cluster.servers + cluster.agents + 2
@@ -400,6 +467,136 @@ class Network(Model):
             for name, address in lan.reserved.items():
                 if address not in nodes_own:
                     yield _Claim(Span.of(address), name, ("network", "lan", "reserved", name))
+
+    def _apart_problems(self, lan: Lan, cluster: K3dCluster) -> Iterator[Problem]:
+        ranges: dict[Path, str] = {
+            ("cluster", "network", "subnet"): cluster.network.subnet,
+            ("cluster", "podSubnet"): cluster.pod_subnet,
+        }
+        for path, text in ranges.items():
+            if Span.of(text).overlaps(Span.of(lan.subnet)):
+                yield Problem(
+                    path,
+                    text,
+                    f"a range apart from homelab:network.lan.subnet, {lan.subnet}",
+                    "choose another private range: what it covers of the LAN is out of reach for "
+                    "the cluster (Calico's own default, 192.168.0.0/16, covers most home LANs)",
+                    "overlaps homelab:network.lan.subnet",
+                    [("network", "lan", "subnet")],
+                )
+
+    def _multus_problems(
+        self, multus: Multus, cluster: K3dCluster | ExistingCluster, host: str | None
+    ) -> Iterator[Problem]:
+        here: Path = ("network", "multus")
+        if not isinstance(cluster, K3dCluster):
+            yield Problem(
+                here,
+                None,
+                "nothing for a cluster of another kind than k3d, whose nodes' files and "
+                "interfaces are not the stack's",
+                "remove it, and install Multus as that cluster's own documentation says",
+                "cannot be set up",
+                [("cluster", "kind")],
+            )
+            return
+        if cluster.cni_plugins is None:
+            yield Problem(
+                ("cluster", "cniPlugins"),
+                None,
+                "the directory of the host with the CNI reference plugins wherever "
+                "homelab:network.multus is set: k3s's image has no macvlan, static or dhcp",
+                "unpack a release of github.com/containernetworking/plugins into a directory of "
+                "the host and name it",
+                "is missing",
+                [here],
+            )
+        if not multus.networks:
+            yield Problem(
+                (*here, "networks"),
+                None,
+                "at least one network",
+                "add one, or remove homelab:network.multus",
+                "names no network",
+            )
+        if self.lan is None:
+            yield Problem(
+                ("network", "lan"),
+                None,
+                "subnet, gateway and DHCP range of the LAN wherever pods are attached to it",
+                "add homelab:network.lan: only against it can their addresses be checked",
+                "is missing",
+                [("network", "lan")],
+            )
+            return
+        yield from self._attached_problems(multus, self.lan, cluster, host)
+
+    def _attached_problems(
+        self, multus: Multus, lan: Lan, cluster: K3dCluster, host: str | None
+    ) -> Iterator[Problem]:
+        subnet: Path = ("network", "lan", "subnet")
+        home = _Claim(Span.of(lan.subnet), "the LAN", subnet)
+        claims = list(self._claims_in_lan(lan, cluster, host))
+        nodes: Path = ("network", "multus", "nodes")
+        count = cluster.servers + cluster.agents
+        if IPv4Network(multus.nodes).num_addresses < count:
+            yield Problem(
+                nodes,
+                multus.nodes,
+                f"a network of at least {count} addresses, one a node",
+                "choose a larger one",
+                involves=[("cluster", "servers"), ("cluster", "agents")],
+            )
+        yield from _range_problems(nodes, multus.nodes, home, claims)
+        claims.append(_Claim(Span.of(multus.nodes), "the nodes", nodes))
+        names: dict[tuple[str, str], Path] = {}
+        for index, network in enumerate(multus.networks):
+            path: Path = ("network", "multus", "networks", index)
+            first = names.setdefault((network.namespace, network.name), path)
+            if first != path:
+                yield Problem(
+                    (*path, "name"),
+                    network.name,
+                    "each name once in a namespace",
+                    "rename one of the two networks",
+                    f"is used twice: {key_path(first)} has it too",
+                    [first],
+                )
+            yield from _attachment_problems(path, network, lan, count)
+            if network.type == "macvlan":
+                within = home
+            elif network.subnet is not None:
+                within = _Claim(Span.of(network.subnet), "its subnet", (*path, "subnet"))
+                yield from _subnet_problems(within, network.subnet, lan, cluster, claims)
+                claims.append(within)
+            else:
+                continue
+            if network.ipam.range is not None:
+                span: Path = (*path, "ipam", "range")
+                others = [claim for claim in claims if claim is not within]
+                yield from _range_problems(span, network.ipam.range, within, others)
+                claims.append(_Claim(Span.of(network.ipam.range), f"network {network.name}", span))
+
+    def _claims_in_lan(self, lan: Lan, cluster: K3dCluster, host: str | None) -> Iterator[_Claim]:
+        """Who has addresses of the LAN, besides the networks of Multus."""
+        whole = Span.of(lan.subnet)
+        for address, what in ((whole.first, "its network address"), (whole.last, "broadcast")):
+            path: Path = ("network", "lan", "subnet")
+            yield _Claim(Span(address, address), f"the LAN itself: {what}", path)
+        yield _Claim(Span.of(lan.gateway), "the router", ("network", "lan", "gateway"))
+        if lan.dhcp is not None:
+            yield _Claim(Span.of(lan.dhcp), "the router's DHCP server", ("network", "lan", "dhcp"))
+        for name, address in lan.reserved.items():
+            yield _Claim(Span.of(address), name, ("network", "lan", "reserved", name))
+        if host is not None and is_ipv4(host) and host not in lan.reserved.values():
+            yield _Claim(Span.of(host), "the host", ("host", "address"))
+        for index, resolver in enumerate(cluster.resolvers):
+            if is_ipv4(resolver) and resolver != lan.gateway:
+                path = ("cluster", "resolvers", index)
+                yield _Claim(Span.of(resolver), "a DNS server", path)
+        for index, pool in enumerate(self.metallb.pools if self.metallb else ()):
+            path = ("network", "metallb", "pools", index, "addresses")
+            yield _Claim(Span.of(pool.addresses), f"pool {pool.name}", path)
 
     def _interface_problems(
         self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
@@ -460,4 +657,96 @@ def _rival_problems(
             f"add {part} to homelab:cluster.disable, or remove homelab:network.{setting}",
             f"lacks {part}",
             [("network", setting)],
+        )
+
+
+def _range_problems(
+    path: Path, text: str, home: _Claim, claims: Iterable[_Claim]
+) -> Iterator[Problem]:
+    """A range that lies outside its home or has an address of someone else's."""
+    span = Span.of(text)
+    if not span.within(home.span):
+        yield Problem(
+            path,
+            text,
+            f"addresses in {home.owner}, {home.span}",
+            f"choose addresses there, or correct {key_path(home.path or ())}",
+            f"lies outside {key_path(home.path or ())}",
+            home.involves,
+        )
+        return
+    for claim in claims:
+        if span.overlaps(claim.span):
+            yield Problem(
+                path,
+                text,
+                f"addresses apart from {claim}",
+                "choose other addresses, or shrink the other range where it is configured and "
+                "then here",
+                f"overlaps {key_path(claim.path) if claim.path else claim.owner}",
+                claim.involves,
+            )
+
+
+def _subnet_problems(
+    subnet: _Claim, text: str, lan: Lan, cluster: K3dCluster, claims: Iterable[_Claim]
+) -> Iterator[Problem]:
+    """A bridge's own subnet, which everything else is routed around."""
+    taken = [
+        _Claim(Span.of(lan.subnet), "the LAN", ("network", "lan", "subnet")),
+        _Claim(Span.of(cluster.pod_subnet), "the pods of k3s", ("cluster", "podSubnet")),
+        _Claim(Span.of(_K3S_SERVICES), "the Services of k3s"),
+        _Claim(
+            Span.of(cluster.network.subnet),
+            "the Docker network of the nodes",
+            ("cluster", "network", "subnet"),
+        ),
+        *(claim for claim in claims if claim.owner == subnet.owner),
+    ]
+    assert subnet.path is not None
+    yield from _range_problems(subnet.path, text, subnet, taken)
+
+
+def _attachment_problems(
+    path: Path, network: Attachment, lan: Lan, nodes: int
+) -> Iterator[Problem]:
+    """What does not go together in one network."""
+    kind, ipam = network.type, network.ipam
+    if (kind == "bridge") != (network.subnet is not None):
+        yield Problem(
+            (*path, "subnet"),
+            network.subnet,
+            "a subnet with type bridge, and none with macvlan, whose subnet is the LAN's",
+            "add it" if kind == "bridge" else "remove it",
+            "is missing" if kind == "bridge" else "has no effect",
+            [(*path, "type")],
+        )
+    if (ipam.type == "dhcp") == (ipam.range is not None):
+        dhcp = ipam.type == "dhcp"
+        yield Problem(
+            (*path, "ipam", "range"),
+            ipam.range,
+            "a range with host-local and static, which would otherwise hand out the router's, the "
+            "DHCP server's and everybody's addresses; none with dhcp",
+            "remove it" if dhcp else "write one that nobody else uses: FIRST-LAST",
+            "has no effect" if dhcp else "is missing",
+            [(*path, "ipam", "type")],
+        )
+    if ipam.type == "dhcp" and (kind == "bridge" or lan.dhcp is None):
+        yield Problem(
+            (*path, "ipam", "type"),
+            ipam.type,
+            "host-local or static where no DHCP server answers: on a bridge, and in a LAN without "
+            "homelab:network.lan.dhcp",
+            "choose one of those, or write the range that the LAN's DHCP server hands out",
+            involves=[(*path, "type"), ("network", "lan", "dhcp")],
+        )
+    if ipam.type == "host-local" and kind == "macvlan" and nodes > 1:
+        yield Problem(
+            (*path, "ipam", "type"),
+            ipam.type,
+            "static or dhcp in a cluster of several nodes: host-local counts on each node for "
+            "itself, and two nodes give out the same address",
+            "choose one of those, or one server without agents",
+            involves=[("cluster", "servers"), ("cluster", "agents")],
         )

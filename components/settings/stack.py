@@ -177,7 +177,7 @@ class Settings(Model):
         """What is wrong across the settings; each field on its own is right."""
         yield from self.host.problems()
         yield from self.cluster.problems()
-        yield from self.network.problems(self.cluster)
+        yield from self.network.problems(self.cluster, self.host.address)
         yield from self.storage.problems(self.cluster, self.declared_secrets())
         for namespace, secrets in self.secrets.items():
             for name, secret in secrets.items():
@@ -187,6 +187,7 @@ class Settings(Model):
         for name, tunnel in self.tunnels.items():
             yield from tunnel.problems(name)
         yield from self._reachability_problems()
+        yield from self._service_problems()
         yield from self._namespace_problems()
         yield from self._secret_problems()
         yield from self._connector_problems()
@@ -233,6 +234,32 @@ class Settings(Model):
                 ("cluster", "api", "bind"),
             ],
         )
+
+    def _service_problems(self) -> Iterator[Problem]:
+        """The host's own services listen on all its addresses, and were there first."""
+        if not isinstance(self.cluster, K3dCluster):
+            return
+        published: list[tuple[Path, int]] = [
+            (("cluster", "api", "port"), self.cluster.api.port),
+            *(
+                (("cluster", "ports", index, "hostPort"), port.host_port)
+                for index, port in enumerate(self.cluster.ports)
+                if port.protocol == "tcp"
+            ),
+        ]
+        owners = {port: name for name, port in self.host.services.items()}
+        for path, port in published:
+            if port in owners:
+                yield Problem(
+                    path,
+                    port,
+                    "a port that none of the host's own services has",
+                    f"choose another port, such as {port + 8000 if port < 1024 else port + 1}, or "
+                    "an address of MetalLB or Multus; where the service listens elsewhere, write "
+                    "its port under homelab:host.services",
+                    f"is the host's own: {owners[port]} (homelab:host.services)",
+                    [("host", "services"), ("host", "init")],
+                )
 
     def _namespace_problems(self) -> Iterator[Problem]:
         for name, namespace in self.namespaces.items():

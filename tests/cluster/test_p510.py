@@ -7,8 +7,8 @@ import pytest
 
 from tests.cluster.engine import Engine
 from tests.cluster.p510 import RealP510
-from tests.engine.conftest import planned
-from tests.engine.test_p510 import URNS, urns
+from tests.engine.conftest import planned, urns
+from tests.engine.test_p510 import URNS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 

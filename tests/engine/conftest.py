@@ -1,4 +1,4 @@
-"""The stack p510 under the real engine, on the stand-ins: what the tests of its life share."""
+"""Stacks under the real engine, on the stand-ins: what the tests of their lives share."""
 
 import contextlib
 import copy
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typing_extensions import Self
 
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run, with_made_up_secrets
@@ -18,16 +19,19 @@ from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run, with_made_up_secr
 _PAST = shutil.ignore_patterns("events", "logs", "backups", "history")
 
 
-class P510(Rehearsal):
-    """A rehearsal of p510 whose settings, world and host can be changed."""
+class StackRehearsal(Rehearsal):
+    """A rehearsal of one of the stack files, whose settings, world and host can be changed."""
+
+    name: str
+    """The stack's, and that of its file."""
 
     def __init__(self, directory: Path) -> None:
-        stack_file = yaml.safe_load((CHECKOUT / "Pulumi.p510.yaml").read_text())
+        stack_file = yaml.safe_load((CHECKOUT / f"Pulumi.{self.name}.yaml").read_text())
         config, _ = with_made_up_secrets(stack_file["config"])
         self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
-        super().__init__(directory, "p510", self.settings)
+        super().__init__(directory, self.name, self.settings)
 
-    def copy(self, directory: Path) -> "P510":
+    def copy(self, directory: Path) -> Self:
         """The same stack in the same world once more, to go another way."""
         shutil.copytree(self.directory, directory, ignore=_PAST)
         (directory / "events").mkdir()
@@ -49,15 +53,9 @@ class P510(Rehearsal):
         return self.directory / "world"
 
     @property
-    def cluster_file(self) -> Path:
-        """The k3d cluster as Docker would show it."""
-        return self.world / "machine" / "clusters" / "factory.json"
-
-    @property
-    def objects(self) -> Path:
-        """What lives in the cluster that was last brought up: <namespace>/<Kind.group>/<name>."""
-        record = json.loads(self.host_file("/var/lib/homelab/clusters/factory.json").read_text())
-        return self.world / "kubernetes" / record["identity"].removeprefix("factory-")
+    def host(self) -> RehearsalMachine:
+        """The make-believe host, as hostctl sees it."""
+        return RehearsalMachine(self.world / "machine")
 
     def host_file(self, path: str) -> Path:
         """A file of the host."""
@@ -71,8 +69,42 @@ class P510(Rehearsal):
 
     def on_host(self, *argv: str) -> None:
         """Runs a command in a shell of the host, behind Pulumi's back."""
-        ran = RehearsalMachine(self.world / "machine").run(argv)
+        ran = self.host.run(argv)
         assert ran.code == 0, ran.complaint
+
+
+class K3dRehearsal(StackRehearsal):
+    """Of a stack that makes its cluster with k3d."""
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name."""
+        return self.settings["cluster"]["name"]
+
+    @property
+    def cluster_file(self) -> Path:
+        """The k3d cluster as Docker would show it."""
+        return self.world / "machine" / "clusters" / f"{self.cluster}.json"
+
+    @property
+    def objects(self) -> Path:
+        """What lives in the cluster that was last brought up: <namespace>/<Kind.group>/<name>."""
+        record = json.loads(
+            self.host_file(f"/var/lib/homelab/clusters/{self.cluster}.json").read_text()
+        )
+        return self.world / "kubernetes" / record["identity"].removeprefix(f"{self.cluster}-")
+
+
+class P510(K3dRehearsal):
+    """A rehearsal of p510."""
+
+    name = "p510"
+
+
+def urns(stack: Rehearsal) -> list[str]:
+    """All in the state, without providers that the engine makes itself, named by version."""
+    resources = stack.export()["deployment"]["resources"]
+    return sorted(r["urn"] for r in resources if "::default_" not in r["urn"])
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,8 @@ Its URNs are pinned in urns.metal.txt as p510's are. When a resource comes or go
     .venv/bin/python -m tests.engine.test_metal
 """
 
-import copy
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +14,18 @@ import pytest
 import yaml
 
 from rehearsal import existing
-from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
-from rehearsal.run import CHECKOUT, Rehearsal
-from tests.engine.conftest import edited_file, errors, planned
+from tests.engine.conftest import StackRehearsal, edited_file, errors, planned, urns
 
 pytestmark = pytest.mark.engine
 
 URNS = Path(__file__).with_name("urns.metal.txt")
 
 
-class Metal(Rehearsal):
-    """A rehearsal of metal whose settings and world can be changed."""
+class Metal(StackRehearsal):
+    """A rehearsal of metal."""
 
-    def __init__(self, directory: Path) -> None:
-        config = yaml.safe_load((CHECKOUT / "Pulumi.metal.yaml").read_text())["config"]
-        self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
-        super().__init__(directory, "metal", self.settings)
-
-    def copy(self, directory: Path) -> "Metal":
-        """The same stack in the same world once more, to go another way."""
-        shutil.copytree(self.directory, directory)
-        twin = copy.copy(self)
-        twin.directory = directory
-        return twin
-
-    @contextmanager
-    def edited(self) -> Iterator[dict[str, Any]]:
-        """The settings, to be changed within."""
-        settings = copy.deepcopy(self.settings)
-        yield settings
-        self.set_config(settings)
-        self.settings = settings
-
-    @property
-    def world(self) -> Path:
-        return self.directory / "world"
+    name = "metal"
 
     @property
     def identity(self) -> str:
@@ -87,11 +59,6 @@ class Metal(Rehearsal):
 
 
 _METALLB = "metallb-system"
-
-
-def urns(stack: Metal) -> list[str]:
-    resources = stack.export()["deployment"]["resources"]
-    return sorted(r["urn"] for r in resources if "::default_" not in r["urn"])
 
 
 @pytest.fixture
@@ -142,7 +109,7 @@ def test_once_up_nothing_is_left_to_do_and_the_ingress_has_its_address(metal):
         "storageClass": "longhorn",
         "k3sVersion": existing.VERSION,
     }
-    host = RehearsalMachine(metal.world / "machine")
+    host = metal.host
     seen = host.stat("/var/lib/homelab/kubeconfigs/metal")
     assert seen is not None
     assert (seen.mode, seen.owner) == (0o600, "root")
@@ -248,7 +215,7 @@ def test_a_rollout_of_traefik_leaves_its_address_and_its_volume_alone(metal):
 
 
 def test_renewed_credentials_replace_nothing(metal):
-    host = RehearsalMachine(metal.world / "machine")
+    host = metal.host
     config = yaml.safe_load(existing.kubeconfig(metal.settings["cluster"]))
     config["users"][0]["user"]["client-certificate-data"] = "cmVuZXdlZA=="
     host.write_atomic("/etc/kubernetes/admin.conf", yaml.safe_dump(config).encode(), 0o600)
@@ -283,7 +250,7 @@ def test_another_cluster_is_refused_and_a_lost_one_forgotten_on_purpose(metal):
     other = {**metal.settings["cluster"], "name": "anew"}
     made = {**existing.made_up(other), "name": "metal"}
     metal.cluster_file.write_text(json.dumps(made))
-    host = RehearsalMachine(metal.world / "machine")
+    host = metal.host
     host.write_atomic("/etc/kubernetes/admin.conf", existing.kubeconfig(other).encode(), 0o600)
     refused = metal.preview(check=False)
     (error,) = errors(refused)
@@ -307,7 +274,7 @@ def test_destroy_takes_out_what_the_stack_put_in_and_leaves_the_cluster(metal):
     assert metal.there() == set()
     assert sorted((metal.objects / "_cluster" / "Node").iterdir()) == nodes
     assert json.loads(metal.cluster_file.read_text())["state"] == "running"
-    host = RehearsalMachine(metal.world / "machine")
+    host = metal.host
     assert host.exists("/etc/kubernetes/admin.conf")
     assert not host.exists("/var/lib/homelab/kubeconfigs/metal")
 

@@ -16,18 +16,12 @@ import yaml
 import homelab
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import Run
-from tests.engine.conftest import P510, planned
+from tests.engine.conftest import P510, planned, urns
 
 pytestmark = pytest.mark.engine
 
 TOKEN = "/var/lib/homelab/tunnels/p510.token"
 URNS = Path(__file__).with_name("urns.p510.txt")
-
-
-def urns(stack: P510) -> list[str]:
-    """All in the state, without providers that the engine makes itself, named by version."""
-    resources = stack.export()["deployment"]["resources"]
-    return sorted(r["urn"] for r in resources if "::default_" not in r["urn"])
 
 
 def test_the_first_preview_of_a_host_without_a_cluster_says_so_and_creates_everything(tmp_path):

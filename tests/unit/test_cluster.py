@@ -62,6 +62,7 @@ def register(run_program):
             engine = docker.Provider("docker", host="unix:///var/run/docker.sock")
             made = K3dCluster("factory", K3dClusterArgs(declared, seen, host, engine))
             Kubeconfig("factory", KubeconfigArgs(declared, seen, host, made))
+            made.accept()
 
         return run_program(program, **{"outputs": {"Command": answers}, **mocks})
 
@@ -98,6 +99,9 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         storage_dir="/data/k3d",
         datastore_dir="/ssd/k3d",
         secrets_encryption=True,
+        cni="calico",
+        pod_subnet="10.50.0.0/16",
+        cni_plugins="/data/cni",
         k3s_args=["--kubelet-arg=max-pods=200"],
         ports=[{"host_port": 8080, "container_port": 80}],
         api_wait_seconds=60,
@@ -115,7 +119,15 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         "datastore_dir": "/ssd/k3d",
         "secrets_encryption": True,
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
-        "k3s_args": ["--kubelet-arg=max-pods=200"],
+        "cni_plugins": "/data/cni",
+        "lan_network": None,
+        "lan_interface": None,
+        "k3s_args": [
+            "--flannel-backend=none",
+            "--disable-network-policy",
+            "--cluster-cidr=10.50.0.0/16",
+            "--kubelet-arg=max-pods=200",
+        ],
         "ports": [
             {"host_port": 8080, "container_port": 80, "bind": "127.0.0.1", "protocol": "tcp"}
         ],

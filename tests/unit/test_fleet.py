@@ -198,7 +198,7 @@ class TestCollisions:
         ("address", "expected"),
         [
             ("172.30.0.7", ["homelab:cluster.network.subnet"]),
-            ("10.42.3.3", ["homelab:cluster.k3sArgs"]),
+            ("10.42.3.3", ["homelab:cluster.podSubnet"]),
             ("10.43.3.3", ["homelab:cluster.k3sArgs[0]"]),
             ("10.44.3.3", []),
         ],
@@ -210,6 +210,52 @@ class TestCollisions:
         cluster = {"k3sArgs": ["--service-cidr=10.43.0.0/17,fd00::/108"]}
         other = stack("b", host=host, cluster={"api": {"bind": "10.0.0.1"}})
         assert keys(stack("a", cluster=cluster), other) == expected
+
+    def test_two_clusters_of_one_host_cannot_both_have_dockers_network_in_the_lan(self) -> None:
+        def attached(name: str, host: str, first: int) -> Stack:
+            span = {"type": "static", "range": f"192.168.1.{first}-192.168.1.{first + 3}"}
+            multus = {
+                "interface": "br0",
+                "nodes": f"192.168.1.{first + 8}/29",
+                "networks": [{"name": "lan", "ipam": span}],
+            }
+            lan = {"subnet": "192.168.1.0/24", "gateway": "192.168.1.1"}
+            cluster = {
+                "name": name,
+                "cniPlugins": "/mnt/cni",
+                "storageDir": f"/mnt/{name}",
+                "network": {"subnet": f"10.{first + 100}.0.0/16"},
+                "podSubnet": f"10.{first}.0.0/16",
+                "kubeconfig": {"path": f"/etc/{name}"},
+                "api": {"port": 7000 + first},
+            }
+            network = {"lan": lan, "multus": multus}
+            return stack(name, host={"name": host}, cluster=cluster, network=network)
+
+        mine = attached("a", "nas", 16)
+        assert keys(mine, attached("b", "nas", 64)) == ["homelab:network.multus"]
+        assert keys(mine, attached("b", "other", 64)) == []
+
+    @pytest.mark.parametrize(
+        ("node", "pool", "expected"),
+        [
+            (10, 240, []),
+            (10, 215, ["homelab:network.multus.networks[0].ipam.range"]),
+            (209, 240, ["homelab:network.multus.networks[0].ipam.range"]),
+            (233, 240, ["homelab:network.multus.nodes"]),
+            (10, 238, ["homelab:network.multus.nodes"]),
+        ],
+    )
+    def test_what_multus_takes_of_the_lan_is_nobody_elses(
+        self, node: int, pool: int, expected: list[str]
+    ) -> None:
+        lan = {"subnet": "192.168.1.0/24", "gateway": "192.168.1.1"}
+        network = {"name": "lan", "ipam": {"type": "static", "range": "192.168.1.208/28"}}
+        multus = {"interface": "br0", "nodes": "192.168.1.232/29", "networks": [network]}
+        mine = stack(
+            "a", cluster={"cniPlugins": "/mnt/cni"}, network={"lan": lan, "multus": multus}
+        )
+        assert keys(mine, on_lan("b", node, pool)) == expected
 
     def test_stacks_of_one_lan_share_its_router_and_dhcp_range_and_what_is_reserved(self) -> None:
         assert keys(on_lan("a", 10, 240), on_lan("b", 20, 230)) == []

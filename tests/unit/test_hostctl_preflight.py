@@ -232,6 +232,53 @@ def test_without_flannel_the_plugins_that_a_node_lacks_are_named(host: Host) -> 
     assert found(host, "warning", k3s_args=arguments) == []
 
 
+def test_the_cni_plugins_that_the_mounted_directory_lacks_are_named(host: Host) -> None:
+    for name in ("bridge", "host-local", "static"):
+        put(host, f"/mnt/tank/cni/{name}", "")
+    said = only(host, "error", cni_plugins="/mnt/tank/cni")["what"]
+    assert "/mnt/tank/cni has no dhcp, macvlan" in said
+    error = host("k3d ensure", SPEC | {"cni_plugins": "/mnt/tank/cni"}, code=3)
+    assert "has no dhcp, macvlan" in error["cause"]
+    for name in ("dhcp", "macvlan"):
+        put(host, f"/mnt/tank/cni/{name}", "")
+    assert found(host, "error", cni_plugins="/mnt/tank/cni") == []
+
+
+@pytest.mark.parametrize(
+    ("port", "service"),
+    [
+        (22, "SSH"),
+        (80, "web interface"),
+        (111, "rpcbind"),
+        (443, "web interface"),
+        (2049, "NFS"),
+        (3260, "iSCSI"),
+    ],
+)
+def test_a_port_of_the_hosts_own_services_is_named_with_the_service(
+    host: Host, port: int, service: str
+) -> None:
+    host.machine.set("ports.json", [port])
+    ports = [{"host_port": port, "container_port": 80, "bind": "0.0.0.0", "protocol": "tcp"}]
+    said = only(host, "error", ports=ports)["what"]
+    assert said.startswith(f"tcp port {port} on 0.0.0.0 is in use: {port} is the port of ")
+    assert service in said
+    host.machine.set("listeners.json", {str(port): "someone"})
+    assert f"is in use by someone: {port}" in only(host, "error", ports=ports)["what"]
+
+
+def test_an_interface_that_the_host_lacks_is_refused_with_those_that_it_has(host: Host) -> None:
+    lan = {"lan_network": "k3d-factory-lan", "lan_interface": "br7"}
+    assert "the host has no br7; it has br0" in only(host, "error", **lan)["what"]
+    assert host("k3d inspect", SPEC | lan, code=3)["code"] == "refused"
+    host.machine.set("interfaces.json", ["lo", "br7"])
+    assert found(host, "error", **lan) == []
+
+
+def test_real_machine_sees_its_interfaces() -> None:
+    assert "lo" in Machine().interfaces()
+
+
 # Without a spec, and before a create
 
 
