@@ -475,7 +475,7 @@ class K3dCluster(Model):
                 involves=[("cluster", "servers"), ("cluster", "name")],
             )
         nodes = 1 + self.servers + self.agents + 2
-        if subnet.num_addresses - 2 < nodes:
+        if ip_network(self.network.subnet).num_addresses - 2 < nodes:
             yield Problem(
                 ("cluster", "network", "subnet"),
                 self.network.subnet,

@@ -95,7 +95,7 @@ def check_classes(storage: settings.Storage, cluster: str, kubeconfig: str | Non
     if not storage.declared and not kubeconfig:
         return
     spec = {"cluster": cluster, "kubeconfig": kubeconfig}
-    seen: dict[str, Any] = yield from ask(["storage", "inspect"], spec)
+    seen = yield from ask(["storage", "inspect"], spec)
     problems: list[str] = []
     luns = {
         name
