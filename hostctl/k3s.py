@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -571,9 +572,6 @@ def _write_files(
         machine.make_directory(directory, mode)
     token = k3s_password(wanted["token"]) if joins is None else wanted["token"]
     config = {**k3s_config(wanted, joins), **wanted["secretConfig"]}
-    if any(path.startswith(K3S_MANIFESTS) for path in wanted["files"]):
-        for directory in (f"{K3S_DATA}/server", K3S_MANIFESTS):
-            machine.make_directory(directory, 0o700)
     # The unit last: where it is, all that it needs is.
     files = [(K3S_CONFIG, k3s_config_text(config), 0o600)]
     files += [(path, text, 0o600) for path, text in sorted(wanted["files"].items())]
@@ -586,6 +584,7 @@ def _write_files(
     for path, text, mode in files:
         seen = machine.stat(path)
         if seen is None or seen.mode != mode or machine.read(path) != text.encode():
+            machine.make_directory(os.path.dirname(path), 0o700)
             machine.write_atomic(path, text.encode(), mode)
             changed.append(path)
     for path in sorted(set(former) - set(wanted["files"])):
