@@ -13,7 +13,7 @@ from hostctl.preflight import Finding, module_findings
 from hostctl.protocol import Failure, Result
 from hostctl.spec import CLUSTER_NAME, Items, Value, absolute_path, checked, one_of
 from hostctl.tools import attempt, for_system, run_tool
-from hostctl.workloads import OWNER_SPEC, UNREACHABLE, run_kubectl
+from hostctl.workloads import NO_NODE, OWNER_SPEC, UNREACHABLE, run_kubectl
 
 CHECK_SPEC: dict[str, Any] = {
     "needs": Items(Value(one_of("iscsi", "crypt", "nfs", "nfs-client", "ceph"))),
@@ -156,7 +156,7 @@ def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
         server = f"k3d-{wanted['cluster']}-server-0"
         seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
     if seen.code:
-        if UNREACHABLE.search(seen.complaint):
+        if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
             return {"state": "unknown", "detail": seen.complaint, "classes": {}, "volumes": {}}
         raise Failure("cannot-tell", step, seen.complaint, "run it by hand")
     classes, volumes = {}, {}

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import pulumi
 
@@ -18,7 +17,7 @@ def check_nodes(
 ) -> None:
     """Refuses nodes that lack what the classes need of them: an iSCSI initiator with a name of its
     own, kernel modules, raw disks. ``nodes`` are those that a Connection leads to; of the others in
-    ``declared`` it only warns.
+    ``declared``, and of those that do not answer, it only warns.
 
     Raises HostError with all that is missing on all of them.
     """
@@ -26,10 +25,17 @@ def check_nodes(
     if not needs:
         return
     problems: list[str] = []
+    unseen = {name: "not reached by this stack" for name in declared if name not in nodes}
     initiators: dict[str, list[str]] = defaultdict(list)
     for name, connection in nodes.items():
         disks = storage.ceph.nodes.get(name, []) if storage.ceph else []
-        seen = connection.read(ask(["storage", "check"], {"needs": needs, "disks": disks}))
+        spec = {"needs": needs, "disks": disks}
+        try:
+            seen = connection.read(ask(["storage", "check"], spec))
+        except HostError as failure:
+            # A lost node keeps nobody from the others.
+            unseen[name] = str(failure).partition("\n")[0]
+            continue
         for finding in seen["findings"]:
             text = f"node {name}: {finding['what']}.\n    Remedy: {finding['remedy']}"
             if finding["severity"] == "error":
@@ -52,11 +58,12 @@ def check_nodes(
             f"homelab:storage.classes: {len(problems)} prerequisite(s) of their kinds are"
             " missing; nothing was changed:\n" + "\n".join(f"  {problem}" for problem in problems)
         )
-    unseen = sorted(set(declared) - nodes.keys())
     if unseen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(unseen.items()))
         pulumi.log.warn(
-            f"homelab:storage.classes: {', '.join(unseen)} cannot be looked at from here. What a"
-            f" node must have ({', '.join(needs)}): docs/storage.md, checked there by hand"
+            f"homelab:storage.classes: {', '.join(sorted(unseen))} cannot be looked at from here"
+            f" ({why}). What a node must have ({', '.join(needs)}): docs/storage.md, checked there"
+            " by hand"
         )
 
 

@@ -279,6 +279,24 @@ def test_nodes_that_nobody_can_log_in_to_are_named(
     assert any("k3s-worker-1 cannot be looked at" in text for text in said)
 
 
+class Lost(Answers):
+    """A node that does not answer."""
+
+    def answers(self, questions: Any) -> list[dict[str, Any]]:
+        raise HostError("host 10.89.97.202 does not answer")
+
+
+def test_a_lost_node_is_named_and_keeps_nobody_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pulumi.log, "warn", said.append)
+    nodes = {"k3s-master": node("iqn.a"), "k3s-worker-1": Lost({})}
+    live.check_nodes(stack().storage, nodes, list(nodes))
+    (warning,) = said
+    assert "k3s-worker-1: host 10.89.97.202 does not answer" in warning
+
+
 def test_a_tier_of_local_paths_asks_nothing_of_a_node() -> None:
     classes = {"scratch": {"kind": "local-path"}}
     cluster = {**EXAMPLE["cluster"], "storageClass": "scratch"}
