@@ -20,6 +20,7 @@ from components.settings.cluster import (
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
+from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
 from components.settings.network import Acme, Lan, MetalLB, Network, Pool, Traefik
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
@@ -66,7 +67,10 @@ __all__ = [
     "Host",
     "HostConnector",
     "K3d",
+    "JoinTokenSource",
     "K3dCluster",
+    "K3sCluster",
+    "K3sNode",
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
@@ -86,10 +90,12 @@ __all__ = [
     "SecretType",
     "Settings",
     "SettingsError",
+    "Snapshots",
     "StorageClass",
     "Tailscale",
     "Traefik",
     "Tunnel",
+    "VirtualIp",
     "VolumeBackup",
     "auth_key_problem",
     "load",

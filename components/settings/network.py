@@ -13,6 +13,7 @@ from pydantic import Field
 
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster, Interface, IPv4, IPv4Range
+from components.settings.k3s import VPN, K3sCluster
 from components.settings.model import Model, Name, ObjectName, Text, is_ipv4
 from components.settings.problem import Path, Problem, key_path
 
@@ -213,11 +214,11 @@ class Network(Model):
             found[TRAEFIK_NAMESPACE] = ("network", "traefik")
         return found
 
-    def problems(self, cluster: K3dCluster | ExistingCluster) -> Iterator[Problem]:
+    def problems(self, cluster: K3dCluster | K3sCluster | ExistingCluster) -> Iterator[Problem]:
         """What is wrong across the fields, and between them and the cluster."""
         if self.lan is not None:
             yield from self.lan.problems()
-        if isinstance(cluster, ExistingCluster):
+        if not isinstance(cluster, K3dCluster):
             yield from self._node_problems(cluster)
         if self.metallb is not None:
             yield from self._pool_problems(self.metallb, cluster)
@@ -227,7 +228,7 @@ class Network(Model):
             yield from self._traefik_problems(self.traefik)
             yield from _rival_problems("traefik", "traefik", cluster)
 
-    def _node_problems(self, cluster: ExistingCluster) -> Iterator[Problem]:
+    def _node_problems(self, cluster: K3sCluster | ExistingCluster) -> Iterator[Problem]:
         lan = self.lan
         seen: dict[str, Path] = {}
         for name, node in cluster.nodes.items():
@@ -242,7 +243,7 @@ class Network(Model):
                     f"is used twice: {key_path(first)} has it too",
                     [first],
                 )
-            if lan is None:
+            if lan is None or IPv4Address(node.address) in VPN:
                 continue
             subnet: Path = ("network", "lan", "subnet")
             if not Span.of(node.address).within(Span.of(lan.subnet)):
@@ -293,9 +294,9 @@ class Network(Model):
                 )
 
     def _pool_problems(
-        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | K3sCluster | ExistingCluster
     ) -> Iterator[Problem]:
-        if self.lan is None and isinstance(cluster, ExistingCluster):
+        if self.lan is None and not isinstance(cluster, K3dCluster):
             yield Problem(
                 ("network", "lan"),
                 None,
@@ -352,7 +353,7 @@ class Network(Model):
                     [first],
                 )
 
-    def _home(self, cluster: K3dCluster | ExistingCluster) -> _Claim | None:
+    def _home(self, cluster: K3dCluster | K3sCluster | ExistingCluster) -> _Claim | None:
         """The network in which the nodes answer ARP."""
         if isinstance(cluster, K3dCluster):
             # The nodes are containers: what they announce reaches Docker's bridge and no further.
@@ -365,7 +366,7 @@ class Network(Model):
             return None
         return _Claim(Span.of(self.lan.subnet), "the LAN", ("network", "lan", "subnet"))
 
-    def _claims(self, cluster: K3dCluster | ExistingCluster) -> Iterator[_Claim]:
+    def _claims(self, cluster: K3dCluster | K3sCluster | ExistingCluster) -> Iterator[_Claim]:
         home = self._home(cluster)
         if home is not None:
             ends = (home.span.first, "its network address"), (home.span.last, "broadcast")
@@ -385,6 +386,9 @@ class Network(Model):
             for name, node in cluster.nodes.items():
                 path: Path = ("cluster", "nodes", name, "address")
                 yield _Claim(Span.of(node.address), f"node {name}", path)
+            if isinstance(cluster, K3sCluster) and cluster.virtual_ip:
+                path = ("cluster", "virtualIp", "address")
+                yield _Claim(Span.of(cluster.virtual_ip.address), "the API's virtual IP", path)
         lan = self.lan
         if lan is not None:
             yield _Claim(Span.of(lan.gateway), "the router", ("network", "lan", "gateway"))
@@ -393,16 +397,16 @@ class Network(Model):
                     Span.of(lan.dhcp), "the router's DHCP server", ("network", "lan", "dhcp")
                 )
             nodes_own = (
-                {node.address for node in cluster.nodes.values()}
-                if isinstance(cluster, ExistingCluster)
-                else set()
+                set()
+                if isinstance(cluster, K3dCluster)
+                else {node.address for node in cluster.nodes.values()}
             )
             for name, address in lan.reserved.items():
                 if address not in nodes_own:
                     yield _Claim(Span.of(address), name, ("network", "lan", "reserved", name))
 
     def _interface_problems(
-        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | K3sCluster | ExistingCluster
     ) -> Iterator[Problem]:
         if isinstance(cluster, K3dCluster):
             # Docker names it so in every container.
@@ -448,10 +452,10 @@ class Network(Model):
 
 
 def _rival_problems(
-    part: Literal["servicelb", "traefik"], setting: str, cluster: K3dCluster | ExistingCluster
+    part: Literal["servicelb", "traefik"], setting: str, cluster: K3dCluster | K3sCluster | ExistingCluster
 ) -> Iterator[Problem]:
     """k3s brings its own of both. Of an existing cluster the live one is asked."""
-    if isinstance(cluster, K3dCluster) and part not in cluster.disable:
+    if not isinstance(cluster, ExistingCluster) and part not in cluster.disable:
         yield Problem(
             ("cluster", "disable"),
             None,
