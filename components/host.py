@@ -45,6 +45,10 @@ class HostError(pulumi.RunError):
     """
 
 
+class Unreachable(HostError):
+    """A host on which nothing could be run: what it has cannot be told."""
+
+
 class Connection:
     """How commands reach the host of a stack.
 
@@ -87,8 +91,8 @@ class Connection:
     def read(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
         """Runs a verb that only looks, now, and returns its result.
 
-        Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the
-        caller has registered nothing yet.
+        Raises :class:`HostError` when the host cannot be reached (:class:`Unreachable`), cannot
+        tell, or refuses; the caller has registered nothing yet.
         """
         step = f"hostctl {' '.join(verb)} on {self.name}"
         try:
@@ -100,7 +104,8 @@ class Connection:
             )
         except Exception as failure:
             cause = _last_line(str(failure))
-            raise _error(f"{step} did not run", cause, self._unreachable_remedy()) from None
+            remedy = self._unreachable_remedy()
+            raise Unreachable(_text(f"{step} did not run", cause, remedy)) from None
         try:
             result = json.loads(answer.stdout)
         except ValueError:
@@ -172,13 +177,15 @@ class Host(pulumi.ComponentResource):
         opts: pulumi.ResourceOptions | None = None,
         *,
         k3d: settings.K3d | None = None,
+        node: str | None = None,
     ) -> None:
+        """``node`` is the machine's name where it is one of several of the stack."""
         super().__init__("homelab:index:Host", name, None, opts)
         self.connection = connection
         self.tools = []
         install = connection.install_line()
         self.hostctl = local.Command(
-            "hostctl",
+            f"hostctl {node}" if node else "hostctl",
             create=install,
             update=install,
             stdin=connection.program,
@@ -249,7 +256,11 @@ def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:
 
 
 def _error(step: str, cause: str, remedy: str) -> HostError:
-    return HostError(f"{step}.\n  Cause: {cause}\n  Remedy: {remedy}")
+    return HostError(_text(step, cause, remedy))
+
+
+def _text(step: str, cause: str, remedy: str) -> str:
+    return f"{step}.\n  Cause: {cause}\n  Remedy: {remedy}"
 
 
 def _last_line(text: str) -> str:

@@ -25,6 +25,7 @@ CURL = (
 # The image that k3s itself brings for its volumes.
 LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
 BUSYBOX = "docker.io/library/busybox:1.37.0"
+KUBE_VIP = "ghcr.io/kube-vip/kube-vip:v0.9.2"
 
 METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")
 TAILSCALE_OPERATOR = Chart("tailscale-operator", "https://pkgs.tailscale.com/helmcharts", "1.86.2")

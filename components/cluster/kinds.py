@@ -9,6 +9,7 @@ import homelab
 from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
+from components.cluster.k3s import K3sCluster, K3sClusterArgs, LiveK3s
 from components.host import Connection, Host
 from components.storage import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
@@ -48,6 +49,8 @@ def read(stack: settings.Settings, connection: Connection) -> Kind:
     if isinstance(stack.cluster, settings.ExistingCluster):
         live = LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, live)
+    if isinstance(stack.cluster, settings.K3sCluster):
+        return _K3s(stack.cluster, stack.host, connection)
     return _K3d(stack, stack.cluster, connection)
 
 
@@ -113,4 +116,39 @@ class _Existing:
         made = ExistingCluster(
             self._cluster.name, ExistingClusterArgs(self._cluster, self._live, host)
         )
+        return Declared(made.cluster, made.output, made.kubeconfig)
+
+
+class _K3s:
+    def __init__(
+        self, cluster: settings.K3sCluster, host: settings.Host, connection: Connection
+    ) -> None:
+        self._cluster = cluster
+        logins = {name: cluster.login(name, host) for name in cluster.nodes}
+        # A node that is the stack's host gets hostctl once.
+        self._hosts = {
+            name: connection if login is host else Connection(login)
+            for name, login in logins.items()
+        }
+        self._connection = connection
+        self._live = LiveK3s.read(cluster, connection, self._hosts)
+
+    @property
+    def answers(self) -> bool:
+        return self._live.kubeconfig is not None
+
+    @property
+    def kubeconfig(self) -> str | None:
+        return self._live.kubeconfig
+
+    def announce(self) -> None:
+        self._live.announce(self._cluster)
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        hosts = {
+            name: host if connection is self._connection else Host(name, connection, node=name)
+            for name, connection in self._hosts.items()
+        }
+        args = K3sClusterArgs(self._cluster, self._live, host, hosts)
+        made = K3sCluster(self._cluster.name, args)
         return Declared(made.cluster, made.output, made.kubeconfig)

@@ -314,7 +314,7 @@ class K3sCluster(Model):
 
     def login(self, name: str, host: Host) -> Host:
         """How a node is reached: as ``host`` is, at the node's own address, unless its `ssh` says
-        otherwise.
+        otherwise. ``host`` itself where that is the same machine.
         """
         node = self.nodes[name]
         base = (
@@ -324,10 +324,13 @@ class K3sCluster(Model):
             else {}
         )
         own = {key: value for key, value in node.ssh.model_dump().items() if value is not None}
-        return Host.model_validate(
+        login = Host.model_validate(
             {"address": node.address, **base, **own, "connection": "ssh", "hostctl": host.hostctl},
             by_name=True,
         )
+        place = ("connection", "address", "port")
+        same = all(getattr(login, key) == getattr(host, key) for key in place)
+        return host if same else login
 
     @property
     def warnings(self) -> Iterator[str]:

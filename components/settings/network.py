@@ -452,7 +452,9 @@ class Network(Model):
 
 
 def _rival_problems(
-    part: Literal["servicelb", "traefik"], setting: str, cluster: K3dCluster | K3sCluster | ExistingCluster
+    part: Literal["servicelb", "traefik"],
+    setting: str,
+    cluster: K3dCluster | K3sCluster | ExistingCluster,
 ) -> Iterator[Problem]:
     """k3s brings its own of both. Of an existing cluster the live one is asked."""
     if not isinstance(cluster, ExistingCluster) and part not in cluster.disable:
