@@ -226,6 +226,19 @@ def _k3s_argument(value: Any) -> str:
     return value
 
 
+def _audit(value: Any) -> dict[str, Any]:
+    allowed = "an object of policy, text, and arguments, each --kube-apiserver-arg=audit-...=..."
+    if not isinstance(value, dict) or set(value) != {"policy", "arguments"}:
+        raise ValueError(allowed)
+    policy, arguments = value["policy"], value["arguments"]
+    if not isinstance(policy, str) or not isinstance(arguments, list):
+        raise ValueError(allowed)
+    for argument in arguments:
+        if not re.fullmatch(AUDIT_ARGUMENT + r"[a-z-]+=[A-Za-z0-9/._-]+", str(argument)):
+            raise ValueError(allowed)
+    return value
+
+
 def git_repository(value: Any) -> str:
     if not isinstance(value, str) or not _REPOSITORY.fullmatch(value):
         raise ValueError(
@@ -296,6 +309,7 @@ EXTERNAL_NAME = text_matching(
 KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
+AUDIT_ARGUMENT = "--kube-apiserver-arg=audit-"
 SECRET_ARGUMENT = re.compile(
     r"--(?![^= ]*-file(?:[= ]|$))(?:[^= ]*(?:token|secret(?!s-encryption)|password|access-key)"
     r"|datastore-endpoint|vpn-auth)[^= ]*"
@@ -339,6 +353,7 @@ CLUSTER_SPEC: dict[str, Any] = {
     },
     "secrets_encryption": Value(boolean, False),
     "k3s_args": Items(Value(_k3s_argument, secret=True), []),
+    "audit": Value(or_null(_audit), None),
     "ports": Items(
         {
             "host_port": Value(number_between(1, 65535)),

@@ -160,6 +160,14 @@ def cluster_spec(cluster: settings.K3dCluster) -> dict[str, Any]:
         "network": {"name": cluster.network.name, "subnet": cluster.network.subnet},
         "secrets_encryption": cluster.secrets_encryption,
         "k3s_args": list(cluster.k3s_args),
+        "audit": cluster.audit
+        and {
+            "policy": cluster.audit.policy(),
+            "arguments": [
+                f"--kube-apiserver-arg={name}={value}"
+                for name, value in cluster.audit.arguments().items()
+            ],
+        },
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
         "recreate": cluster.recreate,
