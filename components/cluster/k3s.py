@@ -15,9 +15,9 @@ import homelab
 from components import settings, versions
 from components.cluster import Cluster
 from components.host import Connection, Host, HostError, Unreachable, result
+from components.settings.audit import POLICY_FILE
 
 API_PORT = 6443
-_POLICY = "/etc/rancher/k3s/audit-policy.yaml"
 # k3s applies what lies there, so that the address is up before the second server joins.
 _KUBE_VIP = "/var/lib/rancher/k3s/server/manifests/kube-vip.yaml"
 _RELEASES = "https://github.com/k3s-io/k3s/releases/download"
@@ -131,7 +131,7 @@ class LiveK3s:
             (name, one)
             for name, node in self.nodes.items()
             for one in node.differences
-            if one["fixed"] and not (one["key"] == "datastore" and cluster.convert)
+            if one["fixed"] and not _is_foreseen(one["key"], cluster)
         ]
         if fixed:
             raise HostError(
@@ -191,6 +191,11 @@ class LiveK3s:
                 )
 
 
+def _is_foreseen(key: str, cluster: settings.K3sCluster) -> bool:
+    """Whether up has a way for a difference that no restart of k3s mends."""
+    return key == "tokenDigest" or (key == "datastore" and cluster.convert == cluster.name)
+
+
 def _plans(name: str, role: str, node: LiveNode, cluster: settings.K3sCluster) -> Iterator[str]:
     if node.state == "unknown":
         yield (
@@ -210,8 +215,11 @@ def _plans(name: str, role: str, node: LiveNode, cluster: settings.K3sCluster) -
     for one in node.differences:
         if one["key"] == "version":
             continue
-        what = "converts the datastore, after a backup" if one["fixed"] else "changes it"
-        yield (f"node {name}: {one['key']} is {one['live']}, declared {one['declared']}: up {what}")
+        if one["key"] == "tokenDigest":
+            yield f"node {name} has another token: up rotates it, and restarts the nodes in turn"
+            continue
+        what = "converts it, after a backup" if one["key"] == "datastore" else "changes it"
+        yield f"node {name}: {one['key']} is {one['live']}, declared {one['declared']}: up {what}"
 
 
 def node_spec(cluster: settings.K3sCluster, name: str) -> dict[str, Any]:
@@ -236,6 +244,12 @@ def node_spec(cluster: settings.K3sCluster, name: str) -> dict[str, Any]:
             "sha256": cluster.sha256,
         },
         "peers": list(cluster.nodes),
+        # A first server that has lost its data joins these, in place of making another cluster.
+        "rejoin": [
+            f"https://{cluster.nodes[other].address}:{API_PORT}"
+            for other in servers
+            if other != name
+        ],
         "confirm": cluster.convert,
         "timeouts": {
             "readySeconds": cluster.ready_seconds,
@@ -266,14 +280,9 @@ def _config(cluster: settings.K3sCluster, node: settings.K3sNode) -> dict[str, A
         "secrets-encryption": cluster.secrets_encryption,
         "write-kubeconfig-mode": "0600",
     }
-    if audit := cluster.audit:
-        # Without a policy the API server logs nothing.
+    if cluster.audit:
         config["kube-apiserver-arg"] = [
-            f"audit-policy-file={_POLICY}",
-            f"audit-log-path={audit.path}",
-            f"audit-log-maxage={audit.max_age_days}",
-            f"audit-log-maxbackup={audit.max_backups}",
-            f"audit-log-maxsize={audit.max_size_mib}",
+            f"{key}={value}" for key, value in cluster.audit.arguments().items()
         ]
     if snapshots := cluster.snapshots:
         config["etcd-snapshot-schedule-cron"] = snapshots.schedule
@@ -317,20 +326,7 @@ def _digest(secret: str) -> str:
 def _files(cluster: settings.K3sCluster) -> dict[str, str]:
     files: dict[str, str] = {}
     if cluster.audit:
-        metadata = {"level": "Metadata", "resources": [{"resources": ["secrets", "configmaps"]}]}
-        policy = {
-            "apiVersion": "audit.k8s.io/v1",
-            "kind": "Policy",
-            # What the nodes and the control plane ask all day.
-            "rules": [
-                {"level": "None", "resources": [{"group": "coordination.k8s.io"}]},
-                {"level": "None", "nonResourceURLs": ["/healthz*", "/livez*", "/readyz*"]},
-                metadata,
-                {"level": cluster.audit.level},
-            ],
-            "omitStages": ["RequestReceived"],
-        }
-        files[_POLICY] = yaml.safe_dump(policy, sort_keys=False)
+        files[POLICY_FILE] = cluster.audit.policy()
     if cluster.virtual_ip:
         files[_KUBE_VIP] = yaml.safe_dump_all(_kube_vip(cluster.virtual_ip), sort_keys=False)
     return files
@@ -435,7 +431,8 @@ class K3sCluster(pulumi.ComponentResource):
     A change goes through the nodes in that order: another version drains a node, from a server that
     stays, upgrades it, waits until it is Ready and lets pods back, before the next one begins. A
     node that is taken out of the settings is drained and deleted from the cluster, then k3s is
-    uninstalled there. What is in the cluster is deleted with it, and the Provider hangs on its identity.
+    uninstalled there. What is in the cluster is deleted with it, and the Provider hangs on its
+    identity.
     """
 
     cluster: Cluster

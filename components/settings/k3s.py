@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from components import versions
+from components.settings.audit import Audit
 from components.settings.cluster import ClusterName
 from components.settings.existing import Interface, IPv4, IPv4Range
 from components.settings.host import Address, DownloadUrl, Host, Jump, Sha256
@@ -225,20 +226,6 @@ class Snapshots(Model):
     s3: SnapshotStore | None = Field(default=None, description="A bucket that has them as well.")
 
 
-class Audit(Model):
-    """The API's audit log, on every server. Bodies of Secrets and ConfigMaps are never logged."""
-
-    level: Literal["Metadata", "Request", "RequestResponse"] = Field(
-        default="Metadata", description="What is logged of a request."
-    )
-    path: AbsolutePath = Field(
-        default="/var/lib/rancher/k3s/server/logs/audit.log", description="The log."
-    )
-    max_age_days: Count = Field(default=30, description="Days that a file is kept.")
-    max_backups: Count = Field(default=10, description="Files that are kept.")
-    max_size_mib: Count = Field(default=100, description="MiB at which a new file begins.")
-
-
 class K3sCluster(Model):
     """A cluster of k3s, installed on its nodes over SSH."""
 
@@ -358,6 +345,8 @@ class K3sCluster(Model):
         yield from self._address_problems()
         yield from self._vpn_problems()
         yield from self._snapshot_problems()
+        if self.audit is not None:
+            yield from self.audit.problems(("cluster", "audit"))
         for key in ("convert", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:
