@@ -108,7 +108,7 @@ Endpoint = Annotated[
         "host or host:port of an S3 store, without scheme",
         "write the address alone",
         "s3.example.org",
-        r"[A-Za-z0-9.-]+(?::[0-9]{1,5})?",
+        r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{1,5})?",
     ),
 ]
 Seconds = Annotated[

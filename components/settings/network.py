@@ -231,34 +231,39 @@ class Network(Model):
     def _node_problems(self, cluster: K3sCluster | ExistingCluster) -> Iterator[Problem]:
         lan = self.lan
         seen: dict[str, Path] = {}
-        for name, node in cluster.nodes.items():
-            path: Path = ("cluster", "nodes", name, "address")
-            first = seen.setdefault(node.address, path)
-            if first != path:
+        addresses: list[tuple[Path, str]] = [
+            (("cluster", "nodes", name, "address"), node.address)
+            for name, node in cluster.nodes.items()
+        ]
+        if isinstance(cluster, K3sCluster) and cluster.virtual_ip:
+            addresses.append((("cluster", "virtualIp", "address"), cluster.virtual_ip.address))
+        for path, address in addresses:
+            first = seen.setdefault(address, path)
+            if first != path and path[1] == "nodes":
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     "an address of the node's own",
                     "write the address that `kubectl get nodes -o wide` shows",
                     f"is used twice: {key_path(first)} has it too",
                     [first],
                 )
-            if lan is None or IPv4Address(node.address) in VPN:
+            if lan is None or IPv4Address(address) in VPN:
                 continue
             subnet: Path = ("network", "lan", "subnet")
-            if not Span.of(node.address).within(Span.of(lan.subnet)):
+            if not Span.of(address).within(Span.of(lan.subnet)):
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     f"an address in homelab:network.lan.subnet, {lan.subnet}",
                     "correct it, or the subnet",
                     "lies outside homelab:network.lan.subnet",
                     [subnet],
                 )
-            if node.address == lan.gateway:
+            if address == lan.gateway:
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     "an address other than the router's",
                     "correct one of the two",
                     "is homelab:network.lan.gateway",
@@ -266,12 +271,12 @@ class Network(Model):
                 )
             if (
                 lan.dhcp is not None
-                and Span.of(node.address).overlaps(Span.of(lan.dhcp))
-                and node.address not in lan.reserved.values()
+                and Span.of(address).overlaps(Span.of(lan.dhcp))
+                and address not in lan.reserved.values()
             ):
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     f"an address outside homelab:network.lan.dhcp, {lan.dhcp}, or one that the "
                     "router reserves",
                     "reserve it in the router and write it under homelab:network.lan.reserved, or "

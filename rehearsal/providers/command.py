@@ -193,6 +193,8 @@ class Call:
     how: Literal["installed", "shipped", "install"]
     path: str = ""
     arguments: tuple[str, ...] = ()
+    address: str = ""
+    """Where ssh goes; empty for this machine."""
 
 
 def _refuse(first: str, why: str = "") -> NoReturn:
@@ -209,7 +211,9 @@ def parse(command: str) -> Call:
     Raises :class:`Failure` for every other command.
     """
     words = _words(command)
+    address = ""
     if words and words[0] == "ssh":
+        address = words[words.index("--") + 1].rpartition("@")[2] if "--" in words[:-1] else ""
         # ssh joins the words with spaces and the remote shell splits them again.
         words = _words(" ".join(_after_destination(words)))
     if words[:2] == ["sudo", "-n"]:
@@ -220,12 +224,12 @@ def parse(command: str) -> Call:
     if first == "python3" and len(rest) >= 2 and rest[0] == "-c":
         arguments = rest[2:]
         if len(arguments) == 1 and arguments[0].startswith("/"):
-            return Call("install", path=arguments[0])
+            return Call("install", path=arguments[0], address=address)
         if arguments and arguments[-1] == "--exit-zero":
-            return Call("shipped", arguments=tuple(arguments))
+            return Call("shipped", arguments=tuple(arguments), address=address)
         _refuse(first, "neither a PATH to install to nor a verb with --exit-zero follows -c")
     if first.startswith("/") and first.endswith("/hostctl") and rest:
-        return Call("installed", path=first, arguments=tuple(rest))
+        return Call("installed", path=first, arguments=tuple(rest), address=address)
     _refuse(first)
 
 
@@ -278,7 +282,13 @@ def _rehearse(command: str, stdin: str, directory: Path) -> Result:
 
     program = text()
     with _one_at_a_time:
-        machine = RehearsalMachine(directory / "world" / "machine")
+        root = directory / "world" / "machines" / call.address
+        if not call.address or not root.is_dir():
+            root = directory / "world" / "machine"
+        if (root / "down").exists():
+            said = f"ssh: connect to host {call.address} port 22: No route to host\n"
+            return Result("", said, 255)
+        machine = RehearsalMachine(root)
         if call.how == "install":
             if stdin != program:
                 raise Failure("what is installed is not this checkout's hostctl")
