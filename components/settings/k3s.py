@@ -83,10 +83,11 @@ ApiName = Annotated[
 JoinToken = Annotated[
     OpaqueSecret,
     Text(
-        "16 or more letters, digits, `-` and `_`: the token's own part, not K10...::server:...",
+        "16 or more letters, digits, - and _, or a whole K10...::server:... of a cluster that is "
+        "there",
         "make one: python3 -c 'import secrets; print(secrets.token_hex(32))'",
         "made-up-example-token",
-        r"[A-Za-z0-9_-]{16,256}",
+        r"(?:K10[0-9a-f]{64}::server:)?[A-Za-z0-9_-]{16,256}",
     ),
 ]
 Cron = Annotated[
@@ -276,10 +277,11 @@ class K3sCluster(Model):
     drain_seconds: Seconds = Field(
         default=300, description="How long pods may take to leave a node."
     )
-    convert: ClusterName | None = Field(
+    confirm: ClusterName | None = Field(
         default=None,
-        description="The cluster's name, typed, confirms that its datastore is converted to the "
-        "declared one.",
+        description="The cluster's name, typed, confirms what is not done in passing: that its "
+        "datastore is converted to the declared one, and that a k3s which get.k3s.io installed is "
+        "taken over.",
     )
     delete: ClusterName | None = Field(
         default=None,
@@ -347,7 +349,7 @@ class K3sCluster(Model):
         yield from self._snapshot_problems()
         if self.audit is not None:
             yield from self.audit.problems(("cluster", "audit"))
-        for key in ("convert", "delete"):
+        for key in ("confirm", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:
                 yield Problem(
