@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pulumi
 import pulumi_kubernetes as kubernetes
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from pulumi_command import local
 
 import homelab
@@ -16,6 +18,7 @@ from components import settings, versions
 from components.cluster import Cluster
 from components.host import Connection, Host, HostError, Unreachable, result
 from components.settings.audit import POLICY_FILE
+from components.settings.k3s import JoinToken
 
 API_PORT = 6443
 # k3s applies what lies there, so that the address is up before the second server joins.
@@ -41,12 +44,14 @@ def join_token(source: settings.JoinTokenSource, connection: Connection) -> str:
             " path or homelab:cluster.token.readOn."
         )
     token = base64.b64decode(found["content"]).decode("utf-8", "replace").strip()
-    if len(token) < 16 or not token.replace("-", "").replace("_", "").isalnum():
+    try:
+        TypeAdapter(JoinToken).validate_python(token)
+    except ValidationError:
         raise HostError(
             f"homelab:cluster.token.file: {path} on {reader.name} holds no token.\n  Remedy: write"
-            " 16 or more letters, digits, - and _ in one line; not K10...::server:..., whose first"
-            " part a new cluster makes itself."
-        )
+            " 16 or more letters, digits, - and _ in one line, or the whole K10...::server:... of a"
+            " cluster that is there."
+        ) from None
     return token
 
 
@@ -112,6 +117,7 @@ class LiveK3s:
         }
         live = cls(nodes, token)
         first = cluster.names("server")[0]
+        live._refuse_versions(cluster)
         live._refuse_differences(cluster)
         live._refuse_two_clusters(cluster)
         if not pulumi.runtime.is_dry_run():
@@ -125,6 +131,24 @@ class LiveK3s:
     def identity(self) -> str | None:
         """The uid that all its servers tell; None where there is no cluster or none answers."""
         return next((one.identity for one in self.nodes.values() if one.identity), None)
+
+    def _refuse_versions(self, cluster: settings.K3sCluster) -> None:
+        """Kubernetes goes up one minor at a time on all nodes, and its datastore never back."""
+        declared = _release(cluster.version)
+        wrong = [
+            f"  node {name} runs {node.version}"
+            for name, node in self.nodes.items()
+            if node.version
+            and not _release(node.version) <= declared < _next_but_one(_release(node.version))
+        ]
+        if wrong:
+            raise HostError(
+                f"homelab:cluster.version: {cluster.version} is older than what runs, or more than"
+                " one minor newer:\n"
+                + "\n".join(wrong)
+                + "\n  Remedy: go up one minor at a time, each with `pulumi up`; the way back to an"
+                " older one is a snapshot of that time (docs/tower.md)."
+            )
 
     def _refuse_differences(self, cluster: settings.K3sCluster) -> None:
         fixed = [
@@ -143,7 +167,7 @@ class LiveK3s:
                     for name, one in fixed
                 )
                 + "\n  Remedy: write the live value into the stack file; convert a datastore with"
-                f" homelab:cluster.convert: {cluster.name}; for the rest see docs/tower.md."
+                f" homelab:cluster.confirm: {cluster.name}; for the rest see docs/tower.md."
             )
 
     def _refuse_two_clusters(self, cluster: settings.K3sCluster) -> None:
@@ -191,9 +215,19 @@ class LiveK3s:
                 )
 
 
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.replace("k3s", ""))))
+
+
+def _next_but_one(release: tuple[int, ...]) -> tuple[int, ...]:
+    return release[0], release[1] + 2
+
+
 def _is_foreseen(key: str, cluster: settings.K3sCluster) -> bool:
     """Whether up has a way for a difference that no restart of k3s mends."""
-    return key == "tokenDigest" or (key == "datastore" and cluster.convert == cluster.name)
+    return key == "tokenDigest" or (
+        key in ("datastore", "installed") and cluster.confirm == cluster.name
+    )
 
 
 def _plans(name: str, role: str, node: LiveNode, cluster: settings.K3sCluster) -> Iterator[str]:
@@ -214,6 +248,9 @@ def _plans(name: str, role: str, node: LiveNode, cluster: settings.K3sCluster) -
         )
     for one in node.differences:
         if one["key"] == "version":
+            continue
+        if one["key"] == "installed":
+            yield f"node {name} was installed by {one['live']}: up takes it over, with its data"
             continue
         if one["key"] == "tokenDigest":
             yield f"node {name} has another token: up rotates it, and restarts the nodes in turn"
@@ -250,7 +287,7 @@ def node_spec(cluster: settings.K3sCluster, name: str) -> dict[str, Any]:
             for other in servers
             if other != name
         ],
-        "confirm": cluster.convert,
+        "confirm": cluster.confirm,
         "timeouts": {
             "readySeconds": cluster.ready_seconds,
             "drainSeconds": cluster.drain_seconds,
@@ -320,7 +357,9 @@ def _question(cluster: settings.K3sCluster, name: str, token: str) -> dict[str, 
 
 
 def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+    """Of a token what is secret alone: K10<CA's hash>::server:<password> and <password> are one."""
+    password = secret.rpartition(":")[2] if secret.startswith("K10") else secret
+    return hashlib.sha256(password.encode()).hexdigest()[:16]
 
 
 def _files(cluster: settings.K3sCluster) -> dict[str, str]:
