@@ -28,6 +28,15 @@ from hostctl.k3d import (
     k3d_start,
     k3d_stop,
 )
+from hostctl.k3s import k3s_ensure, k3s_inspect, k3s_rejoin, k3s_remove, k3s_start, k3s_stop
+from hostctl.k3s_members import (
+    k3s_drain,
+    k3s_forget,
+    k3s_kubeconfig,
+    k3s_rotate_token,
+    k3s_uncordon,
+)
+from hostctl.k3s_snapshots import k3s_snapshot_list, k3s_snapshot_restore, k3s_snapshot_take
 from hostctl.machine import Machine
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
@@ -144,6 +153,39 @@ _UNITS_EXAMPLE = {
     "keep": 14,
     "items": _ITEM_EXAMPLES,
     "generation": 0,
+}
+
+
+_NODE_EXAMPLE = {
+    "cluster": "tower",
+    "node": "k3s-master",
+    "role": "server",
+    "version": "v1.33.5+k3s1",
+    "datastore": "sqlite",
+    "init": True,
+    "server": None,
+    "rejoin": [],
+    "config": {"node-ip": "10.89.97.201", "flannel-iface": "eth0", "tls-san": ["10.89.97.201"]},
+    "secretConfig": {},
+    "files": {},
+    "install": {
+        "url": "https://github.com/k3s-io/k3s/releases/download/v1.33.5%2Bk3s1/k3s",
+        "sha256": None,
+    },
+    "peers": ["k3s-master", "k3s-worker-1"],
+    "requires": {"modules": ["iscsi_tcp"], "programs": ["iscsiadm"]},
+    "confirm": None,
+    "timeouts": {"readySeconds": 600, "drainSeconds": 300},
+}
+_OWN_NODE_EXAMPLE = {"cluster": "tower", "node": "k3s-worker-2"}
+_MEMBER_EXAMPLE = {**_OWN_NODE_EXAMPLE, "drainSeconds": 300, "readySeconds": 600, "version": None}
+_S3_EXAMPLE = {
+    "s3": {
+        "endpoint": "10.89.97.20:9000",
+        "bucket": "k3s-snapshots",
+        "accessKey": "(the text)",
+        "secretKey": "(the text)",
+    }
 }
 
 
@@ -297,6 +339,42 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "name": "cloudflared",
         },
     ),
+    ("k3s", "inspect"): Verb(k3s_inspect, {**_NODE_EXAMPLE, "tokenDigest": "(16 hex digits)"}),
+    ("k3s", "ensure"): Verb(k3s_ensure, {**_NODE_EXAMPLE, "token": "(the text)", "generation": 1}),
+    ("k3s", "stop"): Verb(k3s_stop, _OWN_NODE_EXAMPLE),
+    ("k3s", "start"): Verb(k3s_start, _OWN_NODE_EXAMPLE),
+    ("k3s", "rejoin"): Verb(k3s_rejoin, {**_OWN_NODE_EXAMPLE, "confirm": "k3s-worker-2"}),
+    ("k3s", "remove"): Verb(k3s_remove, _OWN_NODE_EXAMPLE),
+    ("k3s", "drain"): Verb(k3s_drain, _MEMBER_EXAMPLE),
+    ("k3s", "uncordon"): Verb(k3s_uncordon, _MEMBER_EXAMPLE),
+    ("k3s", "forget"): Verb(k3s_forget, _MEMBER_EXAMPLE),
+    ("k3s", "token"): Verb(k3s_rotate_token, {"cluster": "tower", "new": "(the text)"}),
+    ("k3s", "kubeconfig"): Verb(
+        k3s_kubeconfig, {"cluster": "tower", "server": "https://10.89.97.201:6443"}
+    ),
+    ("k3s", "snapshot", "take"): Verb(
+        k3s_snapshot_take,
+        {
+            "cluster": "tower",
+            "name": "on-demand",
+            "target": _S3_EXAMPLE,
+            "retention": 5,
+            "version": None,
+        },
+    ),
+    ("k3s", "snapshot", "list"): Verb(
+        k3s_snapshot_list, {"cluster": "tower", "target": {"directory": "/mnt/nfs/k3s"}}
+    ),
+    ("k3s", "snapshot", "restore"): Verb(
+        k3s_snapshot_restore,
+        {
+            "cluster": "tower",
+            "name": "on-demand-k3s-master-1763730000",
+            "target": None,
+            "token": None,
+            "confirm": "tower",
+        },
+    ),
     ("units", "install"): Verb(units_install, _UNITS_EXAMPLE, _recorded_units),
     ("units", "status"): Verb(units_status, _UNITS_EXAMPLE, _recorded_units),
     ("units", "remove"): Verb(
@@ -332,18 +410,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hostctl {HOSTCTL_VERSION}")
     top = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    groups: dict[str, Any] = {}
+    groups: dict[tuple[str, ...], Any] = {(): top}
     for words, verb in VERBS.items():
         summary = " ".join((verb.run.__doc__ or "").split("\n\n")[0].split())
         text = " ".join(words)
-        parent = top
-        if len(words) == 2:
-            if words[0] not in groups:
-                group = top.add_parser(words[0], help=f"hostctl {words[0]} --help")
-                groups[words[0]] = group.add_subparsers(
+        for depth in range(1, len(words)):
+            inner = words[:depth]
+            if inner not in groups:
+                group = groups[inner[:-1]].add_parser(
+                    inner[-1], help=f"hostctl {' '.join(inner)} --help"
+                )
+                groups[inner] = group.add_subparsers(
                     metavar="VERB", required=True, parser_class=_Parser
                 )
-            parent = groups[words[0]]
+        parent = groups[words[:-1]]
         example = json.dumps(verb.example, indent=1)
         one = parent.add_parser(
             words[-1],

@@ -86,25 +86,28 @@ KUBECONFIG_SPEC: dict[str, Any] = {
 }
 
 
-def render_kubeconfig(name: str, credentials: Mapping[str, str], server: str) -> str:
-    """The kubeconfig for clients, with the names that k3d gives. Equal input, equal text."""
+def render_kubeconfig(
+    name: str, credentials: Mapping[str, str], server: str, kind: str = "k3d"
+) -> str:
+    """The kubeconfig for clients, with the names that k3d gives, or those of another kind of
+    cluster. Equal input, equal text."""
     return (
         "apiVersion: v1\n"
         "clusters:\n"
         "- cluster:\n"
         f"    certificate-authority-data: {credentials['ca']}\n"
         f"    server: {server}\n"
-        f"  name: k3d-{name}\n"
+        f"  name: {kind}-{name}\n"
         "contexts:\n"
         "- context:\n"
-        f"    cluster: k3d-{name}\n"
-        f"    user: admin@k3d-{name}\n"
-        f"  name: k3d-{name}\n"
-        f"current-context: k3d-{name}\n"
+        f"    cluster: {kind}-{name}\n"
+        f"    user: admin@{kind}-{name}\n"
+        f"  name: {kind}-{name}\n"
+        f"current-context: {kind}-{name}\n"
         "kind: Config\n"
         "preferences: {}\n"
         "users:\n"
-        f"- name: admin@k3d-{name}\n"
+        f"- name: admin@{kind}-{name}\n"
         "  user:\n"
         f"    client-certificate-data: {credentials['certificate']}\n"
         f"    client-key-data: {credentials['key']}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import grp
@@ -12,6 +13,7 @@ import os
 import pwd
 import re
 import secrets
+import shutil
 import signal
 import socket
 import ssl
@@ -24,6 +26,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 from hostctl.protocol import Failure, say
 
@@ -269,6 +272,35 @@ class Machine:
             finally:
                 os.close(held)
 
+    def write_value(self, path: str, value: str) -> None:
+        """Writes to a file of the kernel's (cgroup, sysctl), which is there. Raises OSError."""
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+    def copy_database(self, path: str, to: str) -> str | None:
+        """Copies an SQLite database that may be in use, as one moment has it, to a new file that
+        root alone reads. Returns what is wrong with the copy, or None."""
+        try:
+            import sqlite3
+        except ImportError:
+            return "this python3 has no sqlite3"
+        os.close(os.open(to, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source,
+                contextlib.closing(sqlite3.connect(to)) as copy,
+            ):
+                source.backup(copy)
+                (found,) = copy.execute("PRAGMA integrity_check").fetchone()
+        except sqlite3.Error as error:
+            return f"{path}: {error}"
+        _sync(to)
+        return None if found == "ok" else f"the copy of {path} is damaged: {found}"
+
+    def has_program(self, name: str) -> bool:
+        """Whether a program is on PATH, or where administrators' programs are."""
+        return shutil.which(name, path=f"{_path()}:/usr/local/sbin:/usr/sbin:/sbin") is not None
+
     def is_empty(self, path: str) -> bool:
         """Whether there is no such directory, or nothing in it."""
         with contextlib.suppress(FileNotFoundError):
@@ -455,14 +487,18 @@ class Machine:
                 return False
         return True
 
-    def connect(self, address: str, port: int, ca: str) -> str | None:
-        """Why no TLS connection to a server of this CA (PEM) is had; None when it is."""
+    def connect(self, address: str, port: int, ca: str, name: str | None = None) -> str | None:
+        """Why no TLS connection to a server of this CA (PEM) is had; None when it is. With a name
+        its certificate must be of that host name or address, too."""
         context = ssl.create_default_context(cadata=ca)
-        context.check_hostname = False
+        context.check_hostname = name is not None
         # Python 3.13 demands extensions that the certificates of k3s do not have.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         try:
-            with socket.create_connection((address, port), 5) as plain, context.wrap_socket(plain):
+            with (
+                socket.create_connection((address, port), 5) as plain,
+                context.wrap_socket(plain, server_hostname=name),
+            ):
                 return None
         except OSError as error:
             return str(error)
@@ -478,6 +514,26 @@ class Machine:
             service.request("POST", path, json.dumps(body), headers)
             answer = service.getresponse()
             return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
+
+    def put(self, url: str, login: tuple[str, str], body: bytes, ca: str) -> tuple[int, str]:
+        """PUT of JSON to a server of this CA (PEM), as a user with a password. Returns status and
+        answer; raises OSError."""
+        context = ssl.create_default_context(cadata=ca)
+        context.check_hostname = False
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        parts = urlsplit(url)
+        server = http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=QUERY_SECONDS, context=context
+        )
+        basic = base64.b64encode(":".join(login).encode()).decode("ascii")
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic}"}
+        with contextlib.closing(server):
+            try:
+                server.request("PUT", parts.path, body, headers)
+                answer = server.getresponse()
+                return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
+            except http.client.HTTPException as error:
+                raise OSError(str(error) or type(error).__name__) from None
 
     def served(self, address: str, port: int) -> Served | None:
         """What a TLS server shows of itself, trusted or not: one whose certificate has expired is
@@ -523,6 +579,15 @@ class Machine:
         if found != sha256:
             raise ValueError(found)
         return bytes(content)
+
+    def read_url(self, url: str) -> bytes:
+        """A short text at a URL, which may be reached through the environment's proxy. Raises
+        OSError."""
+        try:
+            with urllib.request.build_opener().open(url, timeout=QUERY_SECONDS) as answer:
+                return answer.read(FILE_BYTES)
+        except http.client.HTTPException as error:
+            raise OSError(str(error) or type(error).__name__) from None
 
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         """What the processes and their threads have read so far; None when that cannot be seen."""

@@ -197,9 +197,9 @@ def _tool_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Findin
 def _host_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Finding]:
     docker = _docker_info(machine)
     yield from _docker_findings(machine, docker)
-    yield from _cgroup_findings(machine, docker)
+    yield from cgroup_findings(machine, docker)
     for module, severity, why in _needed_modules(spec):
-        yield from _module_findings(machine, module, severity, why)
+        yield from module_findings(machine, module, severity, why)
     nodes = spec["servers"] + spec["agents"] if spec else 1
     for key, (least, several) in NODES_OPEN_FILES.items():
         wanted = least if nodes == 1 else several
@@ -249,10 +249,10 @@ def _docker_findings(machine: Machine, docker: Mapping[str, Any]) -> Iterator[Fi
         )
     root = docker.get("DockerRootDir")
     if root:
-        yield from _room_findings(machine, root, "images and the nodes' data")
+        yield from room_findings(machine, root, "images and the nodes' data")
 
 
-def _cgroup_findings(machine: Machine, docker: Mapping[str, Any]) -> Iterator[Finding]:
+def cgroup_findings(machine: Machine, docker: Mapping[str, Any]) -> Iterator[Finding]:
     how = for_system(
         machine,
         'boot.kernelParams = [ "cgroup_enable=memory" ]; then reboot.',
@@ -313,7 +313,7 @@ def _needed_modules(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "wireguard", "error", "flannel's pod network is made of it (--flannel-backend)"
 
 
-def _module_findings(machine: Machine, module: str, severity: str, why: str) -> Iterator[Finding]:
+def module_findings(machine: Machine, module: str, severity: str, why: str) -> Iterator[Finding]:
     has = _has_module(machine, module)
     if has is None:
         what = f"cannot tell whether the kernel has module {module}: {why}"
@@ -402,10 +402,10 @@ def _directory_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[F
                 f"{directory} is on {kind}: {_UNSURE[kind]}",
                 "name a directory on a local ext4, XFS, btrfs or ZFS",
             )
-        yield from _room_findings(machine, directory, "what is kept there")
+        yield from room_findings(machine, directory, "what is kept there")
 
 
-def _room_findings(machine: Machine, directory: str, what: str) -> Iterator[Finding]:
+def room_findings(machine: Machine, directory: str, what: str) -> Iterator[Finding]:
     try:
         free = machine.free_bytes(directory)
     except OSError:

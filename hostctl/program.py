@@ -34,6 +34,12 @@ MODULES = (
     "clean",
     "backups",
     "units",
+    "k3s_node",
+    "k3s_service",
+    "k3s_datastore",
+    "k3s",
+    "k3s_members",
+    "k3s_snapshots",
     "cli",
 )
 # Before anything that an older Python does not know; what is above it, it does.
