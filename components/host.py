@@ -88,27 +88,34 @@ class Connection:
         """The shell line that installs hostctl from its stdin, atomically and executable."""
         return self.line("python3", "-c", _INSTALL, self._host.hostctl)
 
-    def read(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
+    def read(
+        self, verb: Sequence[str], spec: Mapping[str, Any], *, can_do_without: bool = False
+    ) -> dict[str, Any]:
         """Runs a verb that only looks, now, and returns its result.
 
-        Raises :class:`HostError` when the host cannot be reached (:class:`Unreachable`), cannot
-        tell, or refuses; the caller has registered nothing yet.
+        Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the
+        caller has registered nothing yet. A caller that ``can_do_without`` the answer may go on
+        after :class:`Unreachable`: a failed invoke would end the run, whoever catches it.
         """
         step = f"hostctl {' '.join(verb)} on {self.name}"
+        line = self.line("python3", "-c", _BOOT, *verb, "--exit-zero")
         try:
             answer = local.run(
-                command=self.line("python3", "-c", _BOOT, *verb, "--exit-zero"),
+                command=f"{line} || true" if can_do_without else line,
                 stdin=json.dumps({"program": self._program, "spec": spec}),
                 logging=local.Logging.NONE,
                 add_previous_output_in_env=False,
             )
         except Exception as failure:
             cause = _last_line(str(failure))
-            remedy = self._unreachable_remedy()
-            raise Unreachable(_text(f"{step} did not run", cause, remedy)) from None
+            raise _error(f"{step} did not run", cause, self._unreachable_remedy()) from None
         try:
             result = json.loads(answer.stdout)
         except ValueError:
+            if can_do_without:
+                cause = _last_line(answer.stderr) or "no output"
+                remedy = self._unreachable_remedy()
+                raise Unreachable(_text(f"{step} did not run", cause, remedy)) from None
             raise _error(
                 f"{step} printed no JSON result",
                 _last_line(answer.stderr) or "no output",

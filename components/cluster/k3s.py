@@ -10,8 +10,8 @@ from typing import Any
 import pulumi
 import pulumi_kubernetes as kubernetes
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from pulumi_command import local
+from pydantic import TypeAdapter, ValidationError
 
 import homelab
 from components import settings, versions
@@ -76,7 +76,7 @@ class LiveNode:
     def read(cls, spec: Mapping[str, Any], connection: Connection) -> "LiveNode":
         """Raises HostError when the machine refuses; one that does not answer is unknown."""
         try:
-            seen = connection.read(["k3s", "inspect"], spec)
+            seen = connection.read(["k3s", "inspect"], spec, can_do_without=True)
         except Unreachable as unreachable:
             return cls("unknown", str(unreachable))
         node = seen["node"] or {"state": "absent"}
@@ -282,11 +282,9 @@ def node_spec(cluster: settings.K3sCluster, name: str) -> dict[str, Any]:
         },
         "peers": list(cluster.nodes),
         # A first server that has lost its data joins these, in place of making another cluster.
-        "rejoin": [
-            f"https://{cluster.nodes[other].address}:{API_PORT}"
-            for other in servers
-            if other != name
-        ],
+        "rejoin": [f"https://{cluster.nodes[other].address}:{API_PORT}" for other in servers[1:]]
+        if name == first
+        else [],
         "confirm": cluster.confirm,
         "timeouts": {
             "readySeconds": cluster.ready_seconds,
