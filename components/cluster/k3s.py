@@ -493,8 +493,7 @@ class K3sCluster(pulumi.ComponentResource):
             ["k3s", "snapshot", "take"],
             {
                 "cluster": declared.name,
-                "name": None,
-                "target": None,
+                "name": "before-upgrade",
                 "retention": 5,
                 "version": declared.version,
             },
