@@ -361,7 +361,7 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             say(f"starting {unit} of {wanted['node']}")
             k3s_start_unit(machine, unit)
             changed.append("started")
-        k3s_wait(machine, wanted, unit)
+        k3s_wait(machine, wanted, unit, fresh="started" in changed)
         identity = k3s_identity(machine)
         generation = wanted["generation"]
         write_k3s_record(
@@ -625,7 +625,8 @@ def k3s_start(machine: Machine, spec: dict[str, Any]) -> Result:
             raise Failure("refused", step, "there is no k3s here", "run up")
         if node.state != "running":
             k3s_start_unit(machine, node.unit)
-        k3s_wait(machine, _as_it_is(wanted, node), node.unit)
+        fresh = node.state != "running"
+        k3s_wait(machine, _as_it_is(wanted, node), node.unit, fresh=fresh)
     return {"started": node.state != "running"}
 
 

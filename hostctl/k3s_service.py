@@ -122,13 +122,14 @@ def k3s_stop_unit(machine: Machine, unit: str) -> None:
         run_tool(machine, ["systemctl", "stop", unit], f"stopping {unit}", "failed", timeout=300.0)
 
 
-def k3s_wait(machine: Machine, wanted: Mapping[str, Any], unit: str) -> None:
+def k3s_wait(machine: Machine, wanted: Mapping[str, Any], unit: str, *, fresh: bool = True) -> None:
     """Waits until the node is Ready in the version declared, and says how far it is. A service that
-    ends again and again is given up before the ceiling of `readySeconds`."""
+    ends again and again is given up before the ceiling of `readySeconds`. ``fresh``: it was started
+    just now, since when systemd counts."""
     seconds = wanted["timeouts"]["readySeconds"]
     step = f"waiting for {wanted['node']}"
     started = machine.now()
-    first = _restarts(k3s_properties(machine, unit))
+    first = 0 if fresh else _restarts(k3s_properties(machine, unit))
     while True:
         properties = k3s_properties(machine, unit)
         why = _not_ready(machine, wanted, properties)

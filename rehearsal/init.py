@@ -5,7 +5,8 @@ World, below `<rehearsal>/world/machine/`:
   systemd.json   by unit what systemd knows: `text` as of the last daemon-reload, and the properties
                  that `systemctl show` prints; edit ActiveState and Result, and a unit has failed
   middleware.json  {"initshutdownscript": [...], "cronjob": [...]}, TrueNAS' entries
-A service that is started runs its hostctl, the real one, on this machine.
+A service that is started runs its hostctl, the real one, on this machine; that of k3s runs the
+make-believe one (rehearsal/k3s.py).
 """
 
 from __future__ import annotations
@@ -58,19 +59,29 @@ def systemctl(machine: Any, words: list[str]) -> Ran:
                 units[name]["UnitFileState"] = "enabled"
         case "disable", ["--now"]:
             for name in names:
-                units[name] |= {"UnitFileState": "disabled", "ActiveState": "inactive"}
+                if name in units:
+                    units[name] |= {"UnitFileState": "disabled", "ActiveState": "inactive"}
         case "reset-failed", []:
             for name in names:
                 if units.get(name, {}).get("ActiveState") == "failed":
                     units[name] |= {"ActiveState": "inactive", "Result": "success"}
-        case "restart", []:
+        case "stop", []:
+            for name in names:
+                if name.startswith("k3s"):
+                    machine.k3s.stop()
+                if name in units:
+                    units[name] |= {"ActiveState": "inactive", "SubState": "dead"}
+        case "restart", [] | ["--no-block"]:
             for name in names:
                 if name not in units:
                     return _failed(f"Failed to restart {name}: Unit {name} not found.", 5)
                 if units[name].get("Result") == "start-limit-hit":
                     return _failed(f"{name}: Start request repeated too quickly.")
                 machine.set("systemd.json", units)
-                units[name] |= _started(machine, name, units[name]["text"])
+                if name.startswith("k3s"):
+                    units[name] |= machine.k3s.start(name, units[name]["text"])
+                else:
+                    units[name] |= _started(machine, name, units[name]["text"])
                 machine.set("systemd.json", units)
                 if units[name]["ActiveState"] == "failed":
                     said = "failed because the control process exited with error code."

@@ -66,11 +66,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from hostctl.k3s_node import K3S_BINARY
 from hostctl.live import k3s_version
 from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMissing
 from rehearsal.core import World
 from rehearsal.init import Usage as _Usage
 from rehearsal.init import is_mark, midclt, systemctl
+from rehearsal.k3s import K3s
 
 Object = dict[str, Any]
 
@@ -155,14 +157,21 @@ def _failed(text: str, code: int = 1) -> Ran:
 
 
 class RehearsalMachine(Machine):
-    """A machine kept in `root`, which is `<rehearsal>/world/machine`."""
+    """A machine kept in `root`, which is `<rehearsal>/world/machine`; one of several is
+    `<rehearsal>/world/machines/<address>`."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
+        self.above = root.parent.parent if root.parent.name == "machines" else root.parent
         self.world = World(root)
         self.docker_world = World(root.parent / "docker")
+        self.k3s = K3s(self)
         root.mkdir(parents=True, exist_ok=True)
+
+    def beside(self, name: str) -> RehearsalMachine:
+        """Another machine of this world."""
+        return self if name == self.root.name else RehearsalMachine(self.root.parent / name)
 
     def clusters(self) -> list[Object]:
         """Every k3d cluster of the host."""
@@ -196,6 +205,13 @@ class RehearsalMachine(Machine):
         installed = self._file(f"{TOOLS_DIRECTORY}/{argv[0]}").exists()
         if argv[0] in self.setting("missing-tools.json", []) and not installed:
             raise ToolMissing(argv[0])
+        if argv[0] in (K3S_BINARY, f"{K3S_BINARY}.new"):
+            try:
+                return self.k3s.run(argv[0], list(argv[1:]), input, env or {})
+            except FileNotFoundError:
+                raise ToolMissing(argv[0]) from None
+            except _Usage as unknown:
+                return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
         models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
             "docker": self._docker,
             "k3d": self._k3d,
@@ -204,6 +220,11 @@ class RehearsalMachine(Machine):
             "tar": self._tar,
             "rm": self._rm,
             "sync": lambda words, input, env: _done(),
+            "ln": lambda words, *_: self._link(words),
+            "umount": lambda words, *_: _done(),
+            "ip": lambda words, *_: _done(),
+            "kill": lambda words, *_: _done(),
+            "journalctl": lambda words, *_: self._journal(words),
             "systemctl": lambda words, *_: systemctl(self, words),
             "midclt": lambda words, *_: midclt(self, words),
         }
@@ -351,7 +372,17 @@ class RehearsalMachine(Machine):
     def checksum(self, path: str) -> str:
         content = self.read(path)
         downloaded = content.partition(_DOWNLOADED)[2]
-        return downloaded.decode() or hashlib.sha256(content).hexdigest()
+        return downloaded[:64].decode() or hashlib.sha256(content).hexdigest()
+
+    def write_value(self, path: str, value: str) -> None:
+        self._file(path).write_text(value)
+
+    def copy_database(self, path: str, to: str) -> str | None:
+        self.write_atomic(to, self.read(path), 0o600)
+        return None
+
+    def has_program(self, name: str) -> bool:
+        return name not in self.setting("missing-tools.json", [])
 
     def file_system(self, path: str) -> tuple[str, bool]:
         kind, writable = self.setting("file-system.json", ["ext4", True])
@@ -407,6 +438,8 @@ class RehearsalMachine(Machine):
 
     def port_is_free(self, address: str, port: int, protocol: str = "tcp") -> bool:
         taken = self.setting("ports.json", [])
+        if port in (6443, 2379, 2380) and self.k3s.own():
+            return False
         if protocol == "udp":
             return f"{port}/udp" not in taken
         return port not in taken and not any(
@@ -421,7 +454,19 @@ class RehearsalMachine(Machine):
                     base64.b64decode("".join(shown.splitlines()[1:-1])),
                     float(int(self.now() + self.setting("clock-skew", 0))),
                 )
-        return None
+        return Served(b"", float(int(self.now()))) if self.k3s.at(address, port) else None
+
+    def put(self, url: str, login: tuple[str, str], body: bytes, ca: str) -> tuple[int, str]:
+        if url != "https://127.0.0.1:6443/v1-k3s/token":
+            raise _Usage(f"PUT {url}")
+        return self.k3s.rotate(login, body)
+
+    def read_url(self, url: str) -> bytes:
+        """The checksums of a release; what they say is made up, and `download` agrees."""
+        names = ("k3s", "k3s-arm64")
+        directory = url.rpartition("/")[0]
+        sums = {name: self._random(f"{directory}/{name}") for name in names}
+        return "".join(f"{sums[name]}  {name}\n" for name in names).encode()
 
     def download(self, url: str, sha256: str, tick: Callable[[int], None]) -> bytes:
         there = self.setting("downloads.json", {}).get(url, sha256)
@@ -429,9 +474,15 @@ class RehearsalMachine(Machine):
             raise OSError("cut off after 4096 of 25000000 bytes")
         if there != sha256:
             raise ValueError(there)
-        return _DOWNLOADED + sha256.encode()
+        return _DOWNLOADED + f"{sha256} from {url}".encode()
 
-    def connect(self, address: str, port: int, ca: str) -> str | None:
+    def connect(self, address: str, port: int, ca: str, name: str | None = None) -> str | None:
+        own = self.k3s.own() if (address, port) == ("127.0.0.1", 6443) else None
+        if own:
+            members = [one for one in own["members"].values() if one["role"] == "server"]
+            if name is None or any(name in (one["address"], *one["names"]) for one in members):
+                return None
+            return f"certificate is not valid for '{name}'"
         for cluster in self.clusters():
             if self._publishes(cluster, port) and self._is_open(cluster):
                 if base64.b64decode(cluster["ca"]).decode() == ca:
@@ -1257,6 +1308,10 @@ class RehearsalMachine(Machine):
         node["layer"] = {_ENTRYPOINT: "#!/bin/sh\n", **node.get("layer", {})}
         self._start(cluster, node)
 
+    def certificate(self, what: str) -> str:
+        """A made-up certificate or key, base64 of PEM."""
+        return self._certificate(what)
+
     def _certificate(self, what: str) -> str:
         if "key" in what:
             return base64.b64encode(
@@ -1368,6 +1423,19 @@ class RehearsalMachine(Machine):
             self._file(path).unlink()
         return _done()
 
+    def _link(self, words: list[str]) -> Ran:
+        _, (target, path) = _options(words, ["--symbolic"])
+        self.make_directory(os.path.dirname(path), 0o755)
+        self._file(path).symlink_to(self._file(target))
+        tools = self.setting("missing-tools.json", [])
+        self.set("missing-tools.json", [one for one in tools if one != os.path.basename(path)])
+        return _done()
+
+    def _journal(self, words: list[str]) -> Ran:
+        values = ["--unit", "--lines", "--output"]
+        options, _ = _options(words, ["--no-pager"], values)
+        return _done(self.setting("journal.json", {}).get(options["--unit"], ""))
+
     # kubectl
 
     def _host_kubectl(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
@@ -1389,6 +1457,13 @@ class RehearsalMachine(Machine):
                     "Unable to connect to the server: tls: failed to verify certificate: "
                     "x509: certificate signed by unknown authority"
                 )
+        if server:
+            parts = urlsplit(server.group(1))
+            k3s = self.k3s.at(parts.hostname or "", parts.port or 6443)
+            if parts.hostname == "127.0.0.1":
+                k3s = self.k3s.own()
+            if k3s and self.k3s.answers(k3s) and ca and ca.group(1) == k3s["ca"]:
+                return self.k3s.kubectl(k3s, rest, input)
         for _, cluster in self.world.list("existing"):
             if server is None or server.group(1) != cluster["server"]:
                 continue
@@ -1407,11 +1482,14 @@ class RehearsalMachine(Machine):
         )
 
     def _kubectl(self, words: list[str], input: bytes, cluster: Object) -> Ran:
+        return self.kubectl_of(cluster["ca"], words, input)
+
+    def kubectl_of(self, ca: str, words: list[str], input: bytes) -> Ran:
+        """kubectl on the cluster of a CA (base64)."""
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 
-        pods = self.setting("pods.json", {})
-        return Kubectl(self.root.parent, cluster["ca"], self.now(), pods).run(words, input)
+        return Kubectl(self.above, ca, self.now(), self.setting("pods.json", {})).run(words, input)
 
 
 _NODE_NAME = re.compile(r"-(server-\d+|agent-\d+|serverlb)$")
