@@ -364,6 +364,7 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         k3s_wait(machine, wanted, unit, fresh="started" in changed)
         identity = k3s_identity(machine)
         generation = wanted["generation"]
+        keep_token(machine, wanted["token"])
         write_k3s_record(
             machine,
             wanted["cluster"],
@@ -374,7 +375,6 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             incarnation=incarnation,
             **({} if generation is None else {"generation": generation}),
         )
-        keep_token(machine, wanted["token"])
         return {"identity": identity, "version": wanted["version"], "changed": changed}
 
 

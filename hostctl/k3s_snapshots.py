@@ -157,14 +157,9 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
             )
         _refuse_other_servers(machine, node, step)
         options, secrets = _where(machine, wanted["target"], step)
-        found = [
-            one for one in _listed(machine, options, secrets, step) if one["name"] == wanted["name"]
-        ]
-        if not found:
-            raise Failure(
-                "refused", step, "there is no snapshot of this name", "hostctl k3s snapshot list"
-            )
-        token = _token_of(machine, record, wanted["token"], found[0]["created"], step)
+        path = _path_of(machine, wanted, options, step)
+        created = _created(machine, wanted["name"], path)
+        token = _token_of(machine, record, wanted["token"], created, step)
         k3s_stop_unit(machine, node.unit)
         if begun is None:
             before = back_up_k3s(machine, cluster)
@@ -172,9 +167,6 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
             write_k3s_record(machine, cluster, restoring=begun, pending=node.version)
         say(f"what is there is kept in {begun['backup']}")
         set_token(machine, token)
-        path = wanted["name"]
-        if not (wanted["target"] or {}).get("s3"):
-            path = found[0]["location"].partition("file://")[2] or found[0]["location"]
         told = {
             key: value
             for key, value in node.config.items()
@@ -222,6 +214,26 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
         )
     return {"restored": wanted["name"], "identity": identity, "tokenDigest": digest,
             "backup": begun["backup"]}  # fmt: skip
+
+
+def _path_of(machine: Machine, wanted: Mapping[str, Any], options: list[str], step: str) -> str:
+    """A snapshot's file; its name where it is in a bucket, which k3s looks into itself. k3s lists
+    them only while it runs, and one that does not is what a restore is for."""
+    if "s3" in (wanted["target"] or {}):
+        return wanted["name"]
+    path = f"{options[0].partition('=')[2]}/{wanted['name']}"
+    if not machine.exists(path):
+        raise Failure("refused", step, f"there is no snapshot {path}", "hostctl k3s snapshot list")
+    return path
+
+
+def _created(machine: Machine, name: str, path: str) -> str:
+    """When a snapshot was taken: k3s ends its name with that, in seconds since 1970."""
+    last = name.removesuffix(".zip").rpartition("-")[2]
+    if last.isdigit():
+        return utc(float(last))
+    seen = machine.stat(path) if path.startswith("/") else None
+    return utc(seen.modified if seen else machine.now())
 
 
 def _refuse_without_etcd(node: K3sNode | None, step: str) -> None:
