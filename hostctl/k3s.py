@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -569,6 +570,7 @@ def _write_files(
     for path, text, mode in files:
         seen = machine.stat(path)
         if seen is None or seen.mode != mode or machine.read(path) != text.encode():
+            machine.make_directory(os.path.dirname(path), 0o700)
             machine.write_atomic(path, text.encode(), mode)
             changed.append(path)
     for path in sorted(set(former) - set(wanted["files"])):

@@ -36,6 +36,8 @@ K3S_TOKEN = "/etc/rancher/k3s/homelab.token"
 K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
 K3S_DATA = "/var/lib/rancher/k3s"
 K3S_DATABASE = f"{K3S_DATA}/server/db"
+# k3s applies what lies there.
+K3S_MANIFESTS = f"{K3S_DATA}/server/manifests"
 K3S_SERVER_TOKEN = f"{K3S_DATA}/server/token"
 K3S_UNITS = {"server": "k3s.service", "agent": "k3s-agent.service"}
 K3S_UNIT_DIRECTORY = "/etc/systemd/system"
@@ -93,8 +95,8 @@ def _config(value: Any) -> dict[str, Any]:
 
 def _files(value: Any) -> dict[str, str]:
     for path in text_map(value):
-        if not absolute_path(path).startswith("/etc/rancher/k3s/"):
-            raise ValueError("files below /etc/rancher/k3s/")
+        if not absolute_path(path).startswith(("/etc/rancher/k3s/", f"{K3S_MANIFESTS}/")):
+            raise ValueError(f"files below /etc/rancher/k3s/ or {K3S_MANIFESTS}/")
         if path in (K3S_CONFIG, K3S_TOKEN, K3S_KUBECONFIG):
             raise ValueError(f"files other than {path}, which k3s and hostctl write")
     return value

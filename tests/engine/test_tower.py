@@ -20,7 +20,7 @@ import yaml
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run
-from tests.engine.conftest import edited_file, errors, planned
+from tests.engine.conftest import errors, planned
 
 pytestmark = pytest.mark.engine
 
@@ -409,8 +409,10 @@ def test_secrets_of_the_stack_are_in_the_cluster(tower):
 
 
 def test_destroy_needs_the_typed_name_and_then_leaves_no_k3s(tower):
-    refused = tower.destroy(check=False)
+    # Its preview is what refuses as a whole, as README.md says.
+    refused = tower.pulumi("destroy", "--yes", check=False)
     assert refused.code != 0
+    assert "protect" in refused.stdout + refused.stderr
     assert sorted(tower.members) == sorted(NODES)
     with tower.edited() as cluster:
         cluster["delete"] = "tower"
