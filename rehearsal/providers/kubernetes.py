@@ -75,6 +75,7 @@ from rehearsal.core import (
     Request,
     Secret,
     Unimplemented,
+    World,
     has_secret,
     has_unknown,
     plain,
