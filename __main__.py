@@ -12,12 +12,14 @@ import homelab
 from components import debug, settings
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import kinds
-from components.host import Connection, Host, docker_engine
+from components.host import Connection, Host, docker_engine, together
 from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
 from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
+from components.storage.live import check_classes, check_nodes
+from components.storage.tiers import Storage, StorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
 debug.keep_outputs_out_of_messages()
@@ -26,11 +28,21 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
-live = kinds.read(stack, connection)
-revision = stack.argocd and Revision.read(stack.argocd, name, connection)
-values = read_values(stack.declared_secrets(), stack.host, connection)
+live, revision, values = connection.read(
+    together(
+        kinds.read(stack, connection),
+        Revision.read(stack.argocd, name),
+        read_values(stack.declared_secrets(), stack.host),
+    )
+)
 if live.answers:
-    refuse_two_owners(stack.tunnels, name, connection, live.kubeconfig)
+    connection.read(
+        together(
+            refuse_two_owners(stack.tunnels, name, live.kubeconfig),
+            check_classes(stack.storage, name, live.kubeconfig),
+        )
+    )
+check_nodes(stack.storage, live.nodes, stack.node_names)
 live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
@@ -41,8 +53,11 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+owners = stack.declared_namespaces()
+namespaces = Namespaces(name, NamespacesArgs(owners, cluster, stack.storage.namespaces))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+if stack.storage.classes or stack.storage.runs_local_path:
+    Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
 ingress = None
 if stack.network.metallb:
     metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))

@@ -16,7 +16,16 @@ from pydantic import TypeAdapter, ValidationError
 import homelab
 from components import settings, versions
 from components.cluster import Cluster
-from components.host import Connection, Host, HostError, Unreachable, result
+from components.host import (
+    Connection,
+    Host,
+    HostError,
+    Reading,
+    Unreachable,
+    ask,
+    result,
+    this_machine,
+)
 from components.settings.audit import POLICY_FILE
 from components.settings.k3s import JoinToken
 
@@ -28,14 +37,15 @@ _RELEASES = "https://github.com/k3s-io/k3s/releases/download"
 _SLACK_SECONDS = 900
 
 
-def join_token(source: settings.JoinTokenSource, connection: Connection) -> str:
+def join_token(source: settings.JoinTokenSource, connection: Connection) -> Reading[str]:
     """The token with which machines join; its content is in no error. Raises HostError."""
     if source.value is not None:
         return source.value.get_secret_value()
-    reader = connection if source.read_on == "host" else Connection(settings.Host())
     path = str(source.file)
     request = {"path": path, "as": "value", "namespace": "kube-system", "name": "token"}
-    seen = reader.read(["files", "read"], {"files": [{**request, "keys": ["token"]}]})
+    reading = ask(["files", "read"], {"files": [{**request, "keys": ["token"]}]})
+    reader = connection if source.read_on == "host" else this_machine()
+    seen = (yield from reading) if reader is connection else reader.read(reading)
     found = seen["files"][path]
     if found["state"] != "present":
         raise HostError(
@@ -76,7 +86,7 @@ class LiveNode:
     def read(cls, spec: Mapping[str, Any], connection: Connection) -> "LiveNode":
         """Raises HostError when the machine refuses; one that does not answer is unknown."""
         try:
-            seen = connection.read(["k3s", "inspect"], spec, can_do_without=True)
+            seen = connection.look(["k3s", "inspect"], spec)
         except Unreachable as unreachable:
             return cls("unknown", str(unreachable))
         node = seen["node"] or {"state": "absent"}
@@ -105,12 +115,12 @@ class LiveK3s:
         cluster: settings.K3sCluster,
         connection: Connection,
         connections: Mapping[str, Connection],
-    ) -> "LiveK3s":
+    ) -> "Reading[LiveK3s]":
         """Asks each node. Raises HostError when one refuses, when a difference is fixed and not
         confirmed, when the servers are not of one cluster, and in an up when the first server, or
         before an upgrade any node, does not answer.
         """
-        token = join_token(cluster.token, connection)
+        token = yield from join_token(cluster.token, connection)
         nodes = {
             name: LiveNode.read(_question(cluster, name, token), connections[name])
             for name in cluster.nodes
@@ -124,7 +134,7 @@ class LiveK3s:
             live._refuse_blind(cluster, first)
         if nodes[first].state != "running":
             return live
-        seen = connections[first].read(["k3s", "kubeconfig"], _way_in(cluster))
+        [seen] = connections[first].answers([(["k3s", "kubeconfig"], _way_in(cluster))])
         return cls(nodes, token, seen["kubeconfig"])
 
     @property

@@ -1,5 +1,6 @@
 """The kinds of cluster: how each is read before anything is registered, and what it declares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,12 +11,14 @@ from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
 from components.cluster.k3s import K3sCluster, K3sClusterArgs, LiveK3s
-from components.host import Connection, Host
-from components.storage import LocalStorage, LocalStorageArgs
+from components.host import Connection, Host, Reading, together
+from components.storage.local import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
 
 if TYPE_CHECKING:
     import pulumi_docker as docker
+
+    from components.cluster.k3d import LiveCluster
 
 
 @dataclass(frozen=True)
@@ -39,41 +42,60 @@ class Kind(Protocol):
     @property
     def kubeconfig(self) -> str | None: ...
 
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        """Its nodes that can be looked at, by name."""
+        ...
+
     def announce(self) -> None: ...
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared: ...
 
 
-def read(stack: settings.Settings, connection: Connection) -> Kind:
+def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     """Asks for the live cluster. Raises HostError as its kind does."""
     if isinstance(stack.cluster, settings.ExistingCluster):
-        live = LiveExisting.read(stack.cluster, stack.network, connection)
-        return _Existing(stack.cluster, live)
+        existing = yield from LiveExisting.read(stack.cluster, stack.network, connection)
+        return _Existing(stack.cluster, stack.host, existing, connection)
     if isinstance(stack.cluster, settings.K3sCluster):
-        return _K3s(stack.cluster, stack.host, connection)
-    return _K3d(stack, stack.cluster, connection)
+        connections = _connections(stack.cluster, stack.host, connection)
+        k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
+        return _K3s(stack.cluster, k3s, connection, connections)
+    # Not above: Docker's package costs time, and only who has a cluster in it pays.
+    from components.cluster.k3d import LiveCluster
+
+    live, units = yield from together(
+        LiveCluster.read(stack.cluster, installs_k3d=stack.host.k3d.install), LiveUnits.read(stack)
+    )
+    return _K3d(stack, stack.cluster, connection.name, live, units)
 
 
 class _K3d:
     kubeconfig = None
 
     def __init__(
-        self, stack: settings.Settings, cluster: settings.K3dCluster, connection: Connection
+        self,
+        stack: settings.Settings,
+        cluster: settings.K3dCluster,
+        host: str,
+        live: "LiveCluster",
+        units: LiveUnits,
     ) -> None:
-        # Not above: Docker's package costs time, and only who has a cluster in it pays.
-        from components.cluster.k3d import LiveCluster
-
-        self._stack, self._cluster, self._connection = stack, cluster, connection
-        self._live = LiveCluster.read(cluster, connection, installs_k3d=stack.host.k3d.install)
-        self._units = LiveUnits.read(stack, connection)
+        self._stack, self._cluster, self._host = stack, cluster, host
+        self._live, self._units = live, units
 
     @property
     def answers(self) -> bool:
         return self._live.state == "running"
 
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        # They are containers: what they lack is a matter of their image.
+        return {}
+
     def announce(self) -> None:
-        self._live.announce(self._cluster, self._connection.name)
-        self._units.announce(self._connection.name)
+        self._live.announce(self._cluster, self._host)
+        self._units.announce(self._host)
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
         from components.cluster.k3d import K3dCluster, K3dClusterArgs
@@ -98,8 +120,17 @@ class _K3d:
 
 
 class _Existing:
-    def __init__(self, cluster: settings.ExistingCluster, live: LiveExisting) -> None:
+    def __init__(
+        self,
+        cluster: settings.ExistingCluster,
+        host: settings.Host,
+        live: LiveExisting,
+        connection: Connection,
+    ) -> None:
         self._cluster, self._live = cluster, live
+        self._nodes = {
+            name: connection for name, node in cluster.nodes.items() if node.address == host.address
+        }
 
     @property
     def answers(self) -> bool:
@@ -108,6 +139,10 @@ class _Existing:
     @property
     def kubeconfig(self) -> str | None:
         return self._live.kubeconfig
+
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        return self._nodes
 
     def announce(self) -> None:
         self._live.announce(self._cluster)
@@ -119,19 +154,26 @@ class _Existing:
         return Declared(made.cluster, made.output, made.kubeconfig)
 
 
+def _connections(
+    cluster: settings.K3sCluster, host: settings.Host, connection: Connection
+) -> dict[str, Connection]:
+    """The way to each node; one that is the stack's host is reached as that."""
+    logins = {name: cluster.login(name, host) for name in cluster.nodes}
+    return {
+        name: connection if login is host else Connection(login) for name, login in logins.items()
+    }
+
+
 class _K3s:
     def __init__(
-        self, cluster: settings.K3sCluster, host: settings.Host, connection: Connection
+        self,
+        cluster: settings.K3sCluster,
+        live: LiveK3s,
+        connection: Connection,
+        connections: Mapping[str, Connection],
     ) -> None:
-        self._cluster = cluster
-        logins = {name: cluster.login(name, host) for name in cluster.nodes}
-        # A node that is the stack's host gets hostctl once.
-        self._hosts = {
-            name: connection if login is host else Connection(login)
-            for name, login in logins.items()
-        }
-        self._connection = connection
-        self._live = LiveK3s.read(cluster, connection, self._hosts)
+        self._cluster, self._live = cluster, live
+        self._connection, self._connections = connection, connections
 
     @property
     def answers(self) -> bool:
@@ -141,13 +183,21 @@ class _K3s:
     def kubeconfig(self) -> str | None:
         return self._live.kubeconfig
 
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        return {
+            name: connection
+            for name, connection in self._connections.items()
+            if self._live.nodes[name].state != "unknown"
+        }
+
     def announce(self) -> None:
         self._live.announce(self._cluster)
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
         hosts = {
             name: host if connection is self._connection else Host(name, connection, node=name)
-            for name, connection in self._hosts.items()
+            for name, connection in self._connections.items()
         }
         args = K3sClusterArgs(self._cluster, self._live, host, hosts)
         made = K3sCluster(self._cluster.name, args)

@@ -25,7 +25,7 @@ SECURE = {
 }
 
 
-PAGES = ["docs/settings.md", "docs/metal.md", "docs/tower.md"]
+PAGES = ["docs/settings.md", "docs/metal.md", "docs/storage.md", "docs/tower.md"]
 """Each shows settings by example; together they show all."""
 
 

@@ -72,11 +72,10 @@ def run(run_program: Callable[..., Registered]) -> Callable[..., Any]:
 
         def called(args: Any) -> dict[str, Any]:
             line = args.args["command"]
-            given = json.loads(args.args["stdin"])["spec"]
+            [[verb, given]] = json.loads(args.args["stdin"])["questions"]
             (address,) = re.findall(r"@([0-9.]+) ", line)
-            verb = "kubeconfig" if " k3s kubeconfig " in line else "inspect"
-            asked.append({"verb": verb, "address": address, "line": line, "spec": given})
-            if verb == "kubeconfig":
+            asked.append({"verb": verb[1], "address": address, "line": line, "spec": given})
+            if verb[1] == "kubeconfig":
                 answer = {"ok": True, "kubeconfig": KUBECONFIG, "identity": "uid-1"}
             else:
                 answer = (nodes or {}).get(address, ABSENT)
@@ -91,7 +90,7 @@ def run(run_program: Callable[..., Registered]) -> Callable[..., Any]:
 
         def program() -> None:
             connection = Connection(whole.host)
-            kind = kinds.read(whole, connection)
+            kind = connection.read(kinds.read(whole, connection))
             assert TOKEN not in repr(vars(kind))
             kind.announce()
             made = kind.declare(Host("tower", connection), None)
@@ -429,8 +428,9 @@ def test_a_token_file_that_is_missing_or_holds_none_names_the_setting(run_progra
         file = {"state": "present", "content": "c2hvcnQ=", "detail": "", **seen}
         answer = {"ok": True, "files": {"/run/agenix/k3s-token": file}, "made_up": []}
         declared = stack(token={"file": "/run/agenix/k3s-token"})
+        connection = Connection(declared.host)
         run_program(
-            lambda: kinds.read(declared, Connection(declared.host)),
+            lambda: connection.read(kinds.read(declared, connection)),
             calls={"command:local:run": {"stdout": json.dumps(answer), "stderr": ""}},
         )
 
