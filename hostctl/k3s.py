@@ -25,6 +25,7 @@ from hostctl.k3s_node import (
     K3S_DATABASE,
     K3S_FIXED,
     K3S_KUBECONFIG,
+    K3S_MANIFESTS,
     K3S_SERVER_TOKEN,
     K3S_TOKEN,
     K3S_UNIT_DIRECTORY,
@@ -92,6 +93,7 @@ def k3s_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     identity, facts = None, None
     if node is None:
         warnings = [(one.what, one.remedy) for one in _node_findings(machine, wanted)]
+        found = _missing_interface(machine, wanted)
     else:
         if node.role == "server" and node.state != "stopped":
             identity = k3s_identity(machine)
@@ -173,12 +175,24 @@ def k3s_differences(
     for key, digest in sorted(secrets.items()):
         live = node.config.get(key)
         differ(f"secretConfig.{key}", digest, None if live is None else k3s_digest(str(live)))
+    found += _missing_interface(machine, wanted)
     for path, text in sorted(wanted["files"].items()):
         live = None
         with contextlib.suppress(OSError):
             live = k3s_digest(machine.read(path).decode("utf-8", "replace"))
         differ(f"files.{path}", k3s_digest(text), live)
     return found
+
+
+def _missing_interface(machine: Machine, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A declared interface that this machine does not have, as a difference that nothing heals."""
+    interface = wanted["config"].get("flannel-iface")
+    there = machine.names("/sys/class/net")
+    if not interface or not there or interface in there:
+        return []
+    key = "config.flannel-iface"
+    why = f"this machine has no interface {interface}; it has {', '.join(there)}"
+    return [{"key": key, "declared": interface, "live": there, "fixed": True, "why": why}]
 
 
 def _certificates_end(machine: Machine) -> float | None:
@@ -250,7 +264,7 @@ def _node_findings(machine: Machine, wanted: Mapping[str, Any]) -> Iterator[Find
             )
     yield from _network_findings(machine, config)
     yield from _host_needs(machine, wanted)
-    if not machine.is_empty(f"{K3S_DATA}/server") and wanted["role"] == "server":
+    if not machine.is_empty(K3S_DATABASE) and wanted["role"] == "server":
         yield Finding(
             "warning",
             f"{K3S_DATA}/server has the data of an earlier server, which would be started again",
@@ -259,12 +273,10 @@ def _node_findings(machine: Machine, wanted: Mapping[str, Any]) -> Iterator[Find
 
 
 def _network_findings(machine: Machine, config: Mapping[str, Any]) -> Iterator[Finding]:
-    interface = config.get("flannel-iface")
-    if interface and not machine.exists(f"/sys/class/net/{interface}"):
-        there = ", ".join(machine.names("/sys/class/net")) or "none that can be seen"
+    for one in _missing_interface(machine, {"config": config}):
         yield Finding(
             "error",
-            f"config.flannel-iface: there is no interface {interface}; there are {there}",
+            f"{one['key']}: {one['why']}",
             "correct the interface, or bring it up: ip link show",
         )
     for address in str(config.get("node-ip", "")).split(","):
@@ -358,7 +370,9 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
         if link_kubectl(machine):
             changed.append("kubectl")
         changed += _write_files(machine, wanted, joins, record.get("files") or [])
-        if changed or node is None or node.state != "running":
+        # k3s itself applies a manifest that is written while it runs.
+        told = [one for one in changed if not one.startswith(K3S_MANIFESTS)]
+        if told or node is None or node.state != "running":
             say(f"starting {unit} of {wanted['node']}")
             k3s_start_unit(machine, unit)
             changed.append("started")

@@ -51,11 +51,16 @@ MEMBER_SPEC: dict[str, Any] = {
 }
 
 
-def k3s_server(machine: Machine, cluster: str, step: str) -> K3sNode | None:
-    """This machine's server of the cluster, hostctl's own; None where no k3s is."""
+def k3s_server(
+    machine: Machine, cluster: str, step: str, *, before_ensure: bool = False
+) -> K3sNode | None:
+    """This machine's server of the cluster, hostctl's own; None where no k3s is.
+    ``before_ensure``: None too where it is one of get.k3s.io, which `ensure` is to take over."""
     record = k3s_record(machine, cluster)
     node = k3s_look(machine, cluster, bool(record.get("pending")))
     if node is None or not node.unit:
+        return None
+    if before_ensure and node.installed == "get.k3s.io":
         return None
     if node.role != "server" or node.cluster != cluster:
         raise Failure(
@@ -74,7 +79,8 @@ def k3s_drain(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, MEMBER_SPEC, "k3s drain")
     step = f"draining {wanted['node']}"
     with cluster_lock(machine, wanted["cluster"]):
-        if k3s_server(machine, wanted["cluster"], step) is None:
+        before = wanted["version"] is not None
+        if k3s_server(machine, wanted["cluster"], step, before_ensure=before) is None:
             return {"changed": []}
         member = k3s_member(machine, wanted["node"], step)
         if member is None or k3s_runs(member) == wanted["version"]:
@@ -204,7 +210,7 @@ def k3s_rotate_token(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, shape, "k3s token")
     step = f"rotating the token of {wanted['cluster']}"
     with cluster_lock(machine, wanted["cluster"]):
-        node = k3s_server(machine, wanted["cluster"], step)
+        node = k3s_server(machine, wanted["cluster"], step, before_ensure=True)
         if node is None or not machine.exists(K3S_SERVER_TOKEN):
             return {"changed": []}
         live = machine.read(K3S_SERVER_TOKEN).decode().strip()

@@ -89,7 +89,8 @@ def k3s_snapshot_take(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, shape, "k3s snapshot take")
     step = f"taking a snapshot of {wanted['cluster']}"
     with cluster_lock(machine, wanted["cluster"]):
-        node = k3s_server(machine, wanted["cluster"], step)
+        before = wanted["version"] is not None
+        node = k3s_server(machine, wanted["cluster"], step, before_ensure=before)
         if wanted["version"] and (node is None or node.version == wanted["version"]):
             return {"changed": []}
         if node is not None and node.datastore == "sqlite" and wanted["version"]:

@@ -95,6 +95,12 @@ class Node:
         return self.machine.read(path).decode()
 
 
+def mode(machine: RehearsalMachine, path: str) -> int:
+    seen = machine.stat(path)
+    assert seen
+    return seen.mode
+
+
 class Tower:
     """Servers and agents, as the settings of the stack tower declare them."""
 
@@ -180,8 +186,8 @@ def test_a_server_and_an_agent_come_up_and_a_second_up_changes_nothing(tower: To
 def test_the_token_is_in_a_private_file_and_nowhere_else(tower: Tower) -> None:
     tower.up()
     machine = tower.worker.machine
-    assert machine.stat("/etc/rancher/k3s/homelab.token").mode == 0o600
-    assert machine.stat(CONFIG).mode == 0o600
+    assert mode(machine, "/etc/rancher/k3s/homelab.token") == 0o600
+    assert mode(machine, CONFIG) == 0o600
     assert TOKEN not in tower.worker.text(CONFIG)
     assert TOKEN not in tower.worker.said + tower.worker.out + str(tower.worker.calls)
     record = machine.read("/var/lib/homelab/clusters/tower.json").decode()
@@ -200,6 +206,25 @@ def test_what_is_declared_is_in_the_config_file(tower: Tower) -> None:
     changed = tower.master.up(tower.server(config=config))["changed"]
     assert "/etc/rancher/k3s/audit.yaml" in changed
     assert not tower.master.machine.exists("/etc/rancher/k3s/audit.yaml")
+
+
+def test_a_manifest_is_applied_by_k3s_itself_without_a_restart(tower: Tower) -> None:
+    path = "/var/lib/rancher/k3s/server/manifests/kube-vip.yaml"
+    tower.master.up(tower.server(files={path: "kind: DaemonSet\n"}))
+    assert tower.master.text(path) == "kind: DaemonSet\n"
+    changed = tower.master.up(tower.server(files={path: "kind: List\n"}))["changed"]
+    assert changed == [path]
+
+
+def test_an_interface_that_is_not_there_is_a_difference_that_no_run_heals(tower: Tower) -> None:
+    tower.master.machine.make_directory("/sys/class/net/eno1", 0o755)
+    spec = tower.server(config={"node-ip": MASTER, "flannel-iface": "eth0"})
+    (difference,) = tower.master.inspect(spec)["differences"]
+    assert (difference["key"], difference["fixed"]) == ("config.flannel-iface", True)
+    assert "eno1" in difference["why"]
+    tower.master.up(tower.server())
+    assert tower.master.differs(spec)["config.flannel-iface"]["declared"] == "eth0"
+    assert "eno1" in str(tower.master("k3s ensure", spec, 3))
 
 
 def test_a_changed_setting_is_seen_and_the_node_started_anew(tower: Tower) -> None:
@@ -447,6 +472,16 @@ def test_a_k3s_of_the_install_script_is_taken_over_when_confirmed(tower: Tower) 
     assert tower.cluster["ca"] == before
     assert tower.master.text(f"{UNIT}.before-homelab") == SCRIPT_UNIT
     assert tower.master.differs(tower.server()) == {}
+
+
+def test_what_comes_before_a_take_over_leaves_it_alone(tower: Tower) -> None:
+    by_script(tower)
+    member = {"cluster": "tower", "node": "k3s-master", "version": "v1.34.1+k3s1"}
+    assert tower.master("k3s drain", member)["changed"] == []
+    upgrade = {"cluster": "tower", "version": "v1.34.1+k3s1"}
+    assert tower.master("k3s snapshot take", upgrade)["changed"] == []
+    token = {"cluster": "tower", "new": "another-token-altogether"}
+    assert tower.master("k3s token", token)["changed"] == []
 
 
 def test_a_k3s_with_another_token_is_not_taken_over(tower: Tower) -> None:

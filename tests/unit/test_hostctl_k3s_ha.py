@@ -12,6 +12,7 @@ from tests.unit.test_hostctl_k3s import (
     Node,
     Tower,
     install,
+    mode,
 )
 
 DATABASE = "/var/lib/rancher/k3s/server/db"
@@ -214,7 +215,7 @@ def test_before_an_upgrade_sqlite_is_copied(tower: Tower) -> None:
     assert taken["changed"] == ["copied"]
     machine = tower.master.machine
     assert machine.read(f"{taken['location']}/state.db") == machine.read(f"{DATABASE}/state.db")
-    assert machine.stat(f"{taken['location']}/token").mode == 0o600
+    assert mode(machine, f"{taken['location']}/token") == 0o600
     again = tower.master("k3s snapshot take", {"cluster": "tower", "version": VERSION})
     assert again["changed"] == []
 
@@ -369,5 +370,5 @@ def test_the_kept_tokens_are_roots_alone(ha: HighlyAvailable) -> None:
     kept = machine.names("/var/lib/homelab/k3s-tokens")
     assert len(kept) == 2
     for name in kept:
-        assert machine.stat(f"/var/lib/homelab/k3s-tokens/{name}").mode == 0o600
+        assert mode(machine, f"/var/lib/homelab/k3s-tokens/{name}") == 0o600
     assert MASTER not in str(kept)
