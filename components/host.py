@@ -88,6 +88,10 @@ class HostError(pulumi.RunError):
     """
 
 
+class Unreachable(HostError):
+    """A host on which nothing could be run: what it has cannot be told."""
+
+
 class Connection:
     """How commands reach the host of a stack.
 
@@ -143,10 +147,23 @@ class Connection:
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """The results in order, of one call. Raises :class:`HostError` with all refusals."""
+        return self._answers(questions, may_be_silent=False)
+
+    def look(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
+        """The result of one verb on a host that the caller can do without: after
+        :class:`Unreachable` it may go on. (A failed invoke would end the run, whoever catches it.)
+        """
+        [result] = self._answers([(verb, spec)], may_be_silent=True)
+        return result
+
+    def _answers(
+        self, questions: Sequence[Question], *, may_be_silent: bool
+    ) -> list[dict[str, Any]]:
         step = f"hostctl {', '.join(' '.join(verb) for verb, _ in questions)} on {self.name}"
+        line = self.line("python3", "-c", _BOOT)
         try:
             answer = local.run(
-                command=self.line("python3", "-c", _BOOT),
+                command=f"{line} || true" if may_be_silent else line,
                 stdin=json.dumps({"program": self._program, "questions": questions}),
                 logging=local.Logging.NONE,
                 add_previous_output_in_env=False,
@@ -159,6 +176,10 @@ class Connection:
         except ValueError:
             results = []
         if len(results) != len(questions):
+            if may_be_silent:
+                cause = _last_line(answer.stderr) or "no output"
+                remedy = self._unreachable_remedy()
+                raise Unreachable(_text(f"{step} did not run", cause, remedy))
             raise _error(
                 f"{step} printed no JSON result",
                 _last_line(answer.stderr) or "no output",
@@ -236,13 +257,15 @@ class Host(pulumi.ComponentResource):
         opts: pulumi.ResourceOptions | None = None,
         *,
         k3d: settings.K3d | None = None,
+        node: str | None = None,
     ) -> None:
+        """``node`` is the machine's name where it is one of several of the stack."""
         super().__init__("homelab:index:Host", name, None, opts)
         self.connection = connection
         self.tools = []
         install = connection.install_line()
         self.hostctl = local.Command(
-            "hostctl",
+            f"hostctl {node}" if node else "hostctl",
             create=install,
             update=install,
             stdin=connection.program,
@@ -313,7 +336,11 @@ def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:
 
 
 def _error(step: str, cause: str, remedy: str) -> HostError:
-    return HostError(f"{step}.\n  Cause: {cause}\n  Remedy: {remedy}")
+    return HostError(_text(step, cause, remedy))
+
+
+def _text(step: str, cause: str, remedy: str) -> str:
+    return f"{step}.\n  Cause: {cause}\n  Remedy: {remedy}"
 
 
 def _last_line(text: str) -> str:

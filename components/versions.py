@@ -25,6 +25,7 @@ CURL = (
 # The image that k3s itself brings for its volumes.
 LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
 BUSYBOX = "docker.io/library/busybox:1.37.0"
+KUBE_VIP = "ghcr.io/kube-vip/kube-vip:v0.9.2"
 
 CEPH = "quay.io/ceph/ceph:v19.2.3"
 LOCAL_PATH_PROVISIONER = "rancher/local-path-provisioner:v0.0.35"

@@ -114,6 +114,7 @@ _CLUSTER_EXAMPLE = {
     "secrets_encryption": False,
     "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
     "k3s_args": [],
+    "audit": None,
     "ports": [],
     "api_wait_seconds": 1800,
 }

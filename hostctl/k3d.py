@@ -25,10 +25,12 @@ from hostctl.cluster import (
 from hostctl.cluster_backup import back_up, utc
 from hostctl.files import next_certificate_generation, remove_kubeconfig, render_kubeconfig
 from hostctl.live import (
+    AUDIT_IN_NODE,
     CNI_PLUGINS_IN_NODE,
     DATASTORE_IN_NODE,
     RESOLVERS_IN_NODE,
     STORAGE_IN_NODE,
+    audit_digest,
     differences,
     how_to_recreate,
     lan_changes,
@@ -99,13 +101,33 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     resolvers = "".join(f"nameserver {address}\n" for address in spec["resolvers"])
     machine.write_atomic(f"{directory}/resolv.conf", resolvers.encode(), 0o644)
     nonce = machine.nonce()
+    if spec["audit"]:
+        _write_audit_policy(machine, spec)
     config = f"{directory}/k3d.yaml"
     machine.write_atomic(config, json.dumps(k3d_config(spec, nonce), indent=1).encode(), 0o600)
-    write_record(machine, name, creating={"nonce": nonce, "at": utc(machine.now())})
+    audit = audit_digest(spec["audit"]["policy"]) if spec["audit"] else None
+    write_record(machine, name, creating={"nonce": nonce, "at": utc(machine.now())}, audit=audit)
     say(f"creating cluster {name} from {spec['image']}")
     argv = ["k3d", "cluster", "create", "--config", config, "--no-rollback"]
     argv += ["--kubeconfig-update-default=false", "--kubeconfig-switch-context=false"]
     _k3d(machine, argv, f"creating cluster {name}", spec["api_wait_seconds"])
+
+
+def _write_audit_policy(machine: Machine, spec: Mapping[str, Any]) -> None:
+    path = f"{STATE_DIRECTORY}/clusters/{spec['name']}/audit.yaml"
+    machine.write_atomic(path, spec["audit"]["policy"].encode(), 0o644)
+
+
+def renew_audit_policy(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> None:
+    """Gives the servers another audit policy, which they read when they start. The record says it
+    only once all have: what was cut off is done again.
+    """
+    _write_audit_policy(machine, spec)
+    for server in cluster.of("server"):
+        say(f"restarting {server.name} with another audit policy")
+        restart_container(machine, server.name)
+        wait_ready(machine, spec, look(machine, cluster.name, spec["network"]["name"]))
+    write_record(machine, cluster.name, audit=audit_digest(spec["audit"]["policy"]))
 
 
 def _refuse_listed(machine: Machine, name: str) -> None:
@@ -159,6 +181,7 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     mounts = [f"{spec['storage_dir']}:{STORAGE_IN_NODE}", f"{resolvers}:{RESOLVERS_IN_NODE}:ro"]
     if spec["cni_plugins"]:
         mounts.append(f"{spec['cni_plugins']}:{CNI_PLUGINS_IN_NODE}:ro")
+    audit = f"{STATE_DIRECTORY}/clusters/{spec['name']}/audit.yaml:{AUDIT_IN_NODE}:ro"
     api = {"hostIP": spec["api"]["bind"], "hostPort": str(spec["api"]["port"])}
     if spec["api"]["server_name"]:
         api["host"] = spec["api"]["server_name"]
@@ -170,6 +193,7 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
                 *(f"--disable={part}" for part in spec["disable"]),
                 *(["--secrets-encryption"] if spec["secrets_encryption"] else []),
                 *spec["k3s_args"],
+                *(spec["audit"]["arguments"] if spec["audit"] else []),
             ]
         ),
     ]
@@ -188,6 +212,7 @@ def k3d_config(spec: Mapping[str, Any], nonce: str) -> dict[str, Any]:
         "kubeAPI": api,
         "volumes": [
             *({"volume": mount, "nodeFilters": nodes} for mount in mounts),
+            *([{"volume": audit, "nodeFilters": ["server:*"]}] if spec["audit"] else []),
             *(
                 {
                     "volume": f"{spec['datastore_dir']}/server-{number}:{DATASTORE_IN_NODE}",
@@ -444,6 +469,9 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             changed = True
         else:
             changed = heal(machine, cluster)
+        if any(one["key"] == "audit.rules" for one in found) and not fixed:
+            renew_audit_policy(machine, spec, look(machine, name, spec["network"]["name"]))
+            changed = True
         if changed:
             cluster = look(machine, name, spec["network"]["name"])
         if attach(machine, spec, cluster):

@@ -12,13 +12,14 @@ from typing import Any
 from hostctl.cluster import Cluster, Node, network_of
 from hostctl.machine import Machine
 from hostctl.record import read_record
-from hostctl.spec import SECRET_ARGUMENT
+from hostctl.spec import AUDIT_ARGUMENT, SECRET_ARGUMENT
 from hostctl.tools import attempt
 
 STORAGE_IN_NODE = "/var/lib/rancher/k3s/storage"
 DATASTORE_IN_NODE = "/var/lib/rancher/k3s/server"
 CNI_PLUGINS_IN_NODE = "/opt/cni/plugins"
 RESOLVERS_IN_NODE = "/etc/rancher/k3s/resolv.conf"
+AUDIT_IN_NODE = "/etc/rancher/k3s/audit.yaml"
 API_PORT_IN_NODE = "6443/tcp"
 _OF_SETTINGS = ("--disable", "--resolv-conf", "--cluster-init", "--secrets-encryption")
 
@@ -45,7 +46,9 @@ def live_facts(machine: Machine, cluster: Cluster, unseen: list[str]) -> dict[st
             _without_secret(argument)
             for argument in arguments
             if argument.split("=")[0] not in _OF_SETTINGS
+            and not argument.startswith(AUDIT_ARGUMENT)
         ],
+        "audit": [argument for argument in arguments if argument.startswith(AUDIT_ARGUMENT)],
         "secrets_encryption": any(
             argument.split("=")[0] == "--secrets-encryption" and not argument.endswith("=false")
             for argument in arguments
@@ -201,6 +204,14 @@ def differences(
         compare(key, spec[key], live[key])
     compare("disable", sorted(set(spec["disable"])), sorted(set(live["disable"])))
     compare("k3sArgs", _joined(spec["k3s_args"]), live["k3s_args"])
+    audit = spec["audit"] or {"policy": "", "arguments": []}
+    compare("audit", _log_options(audit["arguments"]), _log_options(live["audit"]))
+    applied = record.get("audit")
+    if audit["arguments"] == live["audit"] != [] and audit_digest(audit["policy"]) != applied:
+        remedy = "up restarts the servers, one after another: the API is away for minutes"
+        found.append(
+            _adjustable("audit.rules", audit_digest(audit["policy"]), applied or "unknown", remedy)
+        )
     compare("api.bind", spec["api"]["bind"], live["api"]["bind"])
     compare("api.port", spec["api"]["port"], live["api"]["port"])
     if spec["api"]["server_name"]:
@@ -227,6 +238,16 @@ def differences(
         remedy = f"up restarts {cluster.api.name}, which publishes it"
         found.append(_adjustable("api.published", True, False, remedy))
     return found
+
+
+def audit_digest(policy: str) -> str:
+    """Tells one audit policy from another."""
+    return hashlib.sha256(policy.encode()).hexdigest()[:16]
+
+
+def _log_options(arguments: Sequence[str]) -> str:
+    """The audit log's arguments in short; `off` without any."""
+    return " ".join(argument[len(AUDIT_ARGUMENT) :] for argument in arguments) or "off"
 
 
 _SWAP_REMEDY = (

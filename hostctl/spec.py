@@ -226,6 +226,19 @@ def _k3s_argument(value: Any) -> str:
     return value
 
 
+def _audit(value: Any) -> dict[str, Any]:
+    allowed = "an object of policy, text, and arguments, each --kube-apiserver-arg=audit-...=..."
+    if not isinstance(value, dict) or set(value) != {"policy", "arguments"}:
+        raise ValueError(allowed)
+    policy, arguments = value["policy"], value["arguments"]
+    if not isinstance(policy, str) or not isinstance(arguments, list):
+        raise ValueError(allowed)
+    for argument in arguments:
+        if not re.fullmatch(AUDIT_ARGUMENT + r"[a-z-]+=[A-Za-z0-9/._-]+", str(argument)):
+            raise ValueError(allowed)
+    return value
+
+
 def git_repository(value: Any) -> str:
     if not isinstance(value, str) or not _REPOSITORY.fullmatch(value):
         raise ValueError(
@@ -297,6 +310,7 @@ KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or
 _NETWORK_NAME = text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,66}", "the name of a Docker network")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
+AUDIT_ARGUMENT = "--kube-apiserver-arg=audit-"
 SECRET_ARGUMENT = re.compile(
     r"--(?![^= ]*-file(?:[= ]|$))(?:[^= ]*(?:token|secret(?!s-encryption)|password|access-key)"
     r"|datastore-endpoint|vpn-auth)[^= ]*"
@@ -347,6 +361,7 @@ CLUSTER_SPEC: dict[str, Any] = {
         None,
     ),
     "k3s_args": Items(Value(_k3s_argument, secret=True), []),
+    "audit": Value(or_null(_audit), None),
     "ports": Items(
         {
             "host_port": Value(number_between(1, 65535)),

@@ -310,6 +310,12 @@ class Rehearsal:
 
             existing.put(self.directory / "world", cluster)
         self._put_host(named.get(f"{self.project}:host"), cluster)
+        if isinstance(cluster, Mapping) and cluster.get("kind") == "k3s":
+            for node in (cluster.get("nodes") or {}).values():
+                address = (node.get("ssh") or {}).get("address") or node["address"]
+                net = self.directory / "world" / "machines" / address / "files/sys/class/net"
+                for interface in ("lo", "eth0", "tailscale0"):
+                    (net / interface).mkdir(parents=True, exist_ok=True)
         secrets = dict(_secrets(named))
         stack_file["config"] = _plain(named)
         path.write_text(yaml.safe_dump(stack_file, sort_keys=False))

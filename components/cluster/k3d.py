@@ -171,6 +171,14 @@ def cluster_spec(
         "secrets_encryption": cluster.secrets_encryption,
         "k3s_args": cluster.k3s_arguments,
         "cni_plugins": cluster.cni_plugins,
+        "audit": cluster.audit
+        and {
+            "policy": cluster.audit.policy(),
+            "arguments": [
+                f"--kube-apiserver-arg={name}={value}"
+                for name, value in cluster.audit.arguments().items()
+            ],
+        },
         "ports": [port.model_dump(mode="json") for port in cluster.ports],
         "api_wait_seconds": cluster.api_wait_seconds,
         "recreate": cluster.recreate,

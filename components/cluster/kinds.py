@@ -10,6 +10,7 @@ import homelab
 from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
+from components.cluster.k3s import K3sCluster, K3sClusterArgs, LiveK3s
 from components.host import Connection, Host, Reading, together
 from components.network.calico import Calico, CalicoArgs
 from components.storage.local import LocalStorage, LocalStorageArgs
@@ -55,8 +56,12 @@ class Kind(Protocol):
 def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     """Asks for the live cluster. Raises HostError as its kind does."""
     if isinstance(stack.cluster, settings.ExistingCluster):
-        live = yield from LiveExisting.read(stack.cluster, stack.network, connection)
-        return _Existing(stack.cluster, stack.host, live, connection)
+        existing = yield from LiveExisting.read(stack.cluster, stack.network, connection)
+        return _Existing(stack.cluster, stack.host, existing, connection)
+    if isinstance(stack.cluster, settings.K3sCluster):
+        connections = _connections(stack.cluster, stack.host, connection)
+        k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
+        return _K3s(stack.cluster, k3s, connection, connections)
     # Not above: Docker's package costs time, and only who has a cluster in it pays.
     from components.cluster.k3d import LiveCluster
 
@@ -152,4 +157,54 @@ class _Existing:
         made = ExistingCluster(
             self._cluster.name, ExistingClusterArgs(self._cluster, self._live, host)
         )
+        return Declared(made.cluster, made.output, made.kubeconfig)
+
+
+def _connections(
+    cluster: settings.K3sCluster, host: settings.Host, connection: Connection
+) -> dict[str, Connection]:
+    """The way to each node; one that is the stack's host is reached as that."""
+    logins = {name: cluster.login(name, host) for name in cluster.nodes}
+    return {
+        name: connection if login is host else Connection(login) for name, login in logins.items()
+    }
+
+
+class _K3s:
+    def __init__(
+        self,
+        cluster: settings.K3sCluster,
+        live: LiveK3s,
+        connection: Connection,
+        connections: Mapping[str, Connection],
+    ) -> None:
+        self._cluster, self._live = cluster, live
+        self._connection, self._connections = connection, connections
+
+    @property
+    def answers(self) -> bool:
+        return self._live.kubeconfig is not None
+
+    @property
+    def kubeconfig(self) -> str | None:
+        return self._live.kubeconfig
+
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        return {
+            name: connection
+            for name, connection in self._connections.items()
+            if self._live.nodes[name].state != "unknown"
+        }
+
+    def announce(self) -> None:
+        self._live.announce(self._cluster)
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        hosts = {
+            name: host if connection is self._connection else Host(name, connection, node=name)
+            for name, connection in self._connections.items()
+        }
+        args = K3sClusterArgs(self._cluster, self._live, host, hosts)
+        made = K3sCluster(self._cluster.name, args)
         return Declared(made.cluster, made.output, made.kubeconfig)

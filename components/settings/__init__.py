@@ -20,6 +20,7 @@ from components.settings.cluster import (
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
+from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
 from components.settings.network import (
     Acme,
     Attachment,
@@ -97,8 +98,11 @@ __all__ = [
     "Ipam",
     "IscsiClass",
     "IscsiVolume",
+    "JoinTokenSource",
     "K3d",
     "K3dCluster",
+    "K3sCluster",
+    "K3sNode",
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
@@ -124,11 +128,13 @@ __all__ = [
     "SecretType",
     "Settings",
     "SettingsError",
+    "Snapshots",
     "Storage",
     "StorageClass",
     "Tailscale",
     "Traefik",
     "Tunnel",
+    "VirtualIp",
     "VolumeBackup",
     "auth_key_problem",
     "load",

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from components import versions
+from components.settings.audit import Audit, argument_problems
 from components.settings.model import (
     AbsolutePath,
     Account,
@@ -389,6 +390,11 @@ class K3dCluster(Model):
         default=[],
         description="More arguments for the k3s servers, one an entry. Fixed at creation.",
     )
+    audit: Audit | None = Field(
+        default=None,
+        description="The audit log of the API server; none where left out. Whether there is one, "
+        "and how long it is kept, is fixed at creation; changed rules restart the servers.",
+    )
     ports: list[PublishedPort] = Field(
         default=[], description="Ports of the nodes published on the host. Fixed at creation."
     )
@@ -456,6 +462,9 @@ class K3dCluster(Model):
         yield from self._port_problems()
         yield from self._subnet_problems()
         yield from self._cni_problems()
+        if self.audit is not None:
+            yield from self.audit.problems(("cluster", "audit"))
+        yield from argument_problems(("cluster", "k3sArgs"), self.k3s_args)
         for key in ("recreate", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:

@@ -16,6 +16,7 @@ import yaml
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
+from components.settings.k3s import K3sCluster
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, SettingsError, key_path, shown
 from components.settings.stack import Settings
@@ -39,7 +40,7 @@ _K3S_NETWORKS = {"--service-cidr": ("Service network", "10.43.0.0/16")}
 _BESIDE = {
     "LAN": {
         *("LAN", "router", "DHCP range", "reserved address", "address pool"),
-        *("host address", "node address", "DNS server"),
+        *("host address", "node address", "virtual IP", "DNS server"),
         *("nodes' addresses in the LAN", "pods' addresses in the LAN"),
     },
     "router": {"router"},
@@ -260,7 +261,7 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
     if isinstance(cluster, K3dCluster):
         yield from _claims_of_k3d(cluster, here)
     else:
-        yield from _claims_of_existing(cluster)
+        yield from _claims_of_nodes(cluster)
     # In front of k3d nodes a pool lies in their Docker network, which no other host sees.
     yield from _claims_of_lan(settings.network, here if isinstance(cluster, K3dCluster) else None)
 
@@ -343,10 +344,14 @@ def _claims_of_k3d(cluster: K3dCluster, here: str) -> Iterator[Claim]:
     yield Claim("kubeconfig file", file, path, file, here)
 
 
-def _claims_of_existing(cluster: ExistingCluster) -> Iterator[Claim]:
+def _claims_of_nodes(cluster: K3sCluster | ExistingCluster) -> Iterator[Claim]:
     for name, node in cluster.nodes.items():
         path: Path = ("cluster", "nodes", name, "address")
         yield Claim("node address", node.address, path, Addresses.of(node.address))
+    if isinstance(cluster, K3sCluster) and cluster.virtual_ip:
+        path = ("cluster", "virtualIp", "address")
+        address = cluster.virtual_ip.address
+        yield Claim("virtual IP", address, path, Addresses.of(address))
     for what, key, text in (
         ("pod network", "podSubnet", cluster.pod_subnet),
         ("Service network", "serviceSubnet", cluster.service_subnet),

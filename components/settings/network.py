@@ -14,6 +14,7 @@ from pydantic import Field
 
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster, Interface, IPv4, IPv4Range
+from components.settings.k3s import VPN, K3sCluster
 from components.settings.model import Model, Name, ObjectName, Text, is_ipv4
 from components.settings.problem import Path, Problem, key_path
 
@@ -275,7 +276,7 @@ class Network(Model):
         return found
 
     def problems(
-        self, cluster: K3dCluster | ExistingCluster, host: str | None = None
+        self, cluster: K3dCluster | K3sCluster | ExistingCluster, host: str | None = None
     ) -> Iterator[Problem]:
         """What is wrong across the fields, and between them, the cluster and the host's address."""
         if self.lan is not None:
@@ -284,7 +285,7 @@ class Network(Model):
                 yield from self._apart_problems(self.lan, cluster)
         if self.multus is not None:
             yield from self._multus_problems(self.multus, cluster, host)
-        if isinstance(cluster, ExistingCluster):
+        if not isinstance(cluster, K3dCluster):
             yield from self._node_problems(cluster)
         if self.metallb is not None:
             yield from self._pool_problems(self.metallb, cluster)
@@ -294,37 +295,42 @@ class Network(Model):
             yield from self._traefik_problems(self.traefik)
             yield from _rival_problems("traefik", "traefik", cluster)
 
-    def _node_problems(self, cluster: ExistingCluster) -> Iterator[Problem]:
+    def _node_problems(self, cluster: K3sCluster | ExistingCluster) -> Iterator[Problem]:
         lan = self.lan
         seen: dict[str, Path] = {}
-        for name, node in cluster.nodes.items():
-            path: Path = ("cluster", "nodes", name, "address")
-            first = seen.setdefault(node.address, path)
-            if first != path:
+        addresses: list[tuple[Path, str]] = [
+            (("cluster", "nodes", name, "address"), node.address)
+            for name, node in cluster.nodes.items()
+        ]
+        if isinstance(cluster, K3sCluster) and cluster.virtual_ip:
+            addresses.append((("cluster", "virtualIp", "address"), cluster.virtual_ip.address))
+        for path, address in addresses:
+            first = seen.setdefault(address, path)
+            if first != path and path[1] == "nodes":
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     "an address of the node's own",
                     "write the address that `kubectl get nodes -o wide` shows",
                     f"is used twice: {key_path(first)} has it too",
                     [first],
                 )
-            if lan is None:
+            if lan is None or IPv4Address(address) in VPN:
                 continue
             subnet: Path = ("network", "lan", "subnet")
-            if not Span.of(node.address).within(Span.of(lan.subnet)):
+            if not Span.of(address).within(Span.of(lan.subnet)):
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     f"an address in homelab:network.lan.subnet, {lan.subnet}",
                     "correct it, or the subnet",
                     "lies outside homelab:network.lan.subnet",
                     [subnet],
                 )
-            if node.address == lan.gateway:
+            if address == lan.gateway:
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     "an address other than the router's",
                     "correct one of the two",
                     "is homelab:network.lan.gateway",
@@ -332,12 +338,12 @@ class Network(Model):
                 )
             if (
                 lan.dhcp is not None
-                and Span.of(node.address).overlaps(Span.of(lan.dhcp))
-                and node.address not in lan.reserved.values()
+                and Span.of(address).overlaps(Span.of(lan.dhcp))
+                and address not in lan.reserved.values()
             ):
                 yield Problem(
                     path,
-                    node.address,
+                    address,
                     f"an address outside homelab:network.lan.dhcp, {lan.dhcp}, or one that the "
                     "router reserves",
                     "reserve it in the router and write it under homelab:network.lan.reserved, or "
@@ -360,9 +366,9 @@ class Network(Model):
                 )
 
     def _pool_problems(
-        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | K3sCluster | ExistingCluster
     ) -> Iterator[Problem]:
-        if self.lan is None and isinstance(cluster, ExistingCluster):
+        if self.lan is None and not isinstance(cluster, K3dCluster):
             yield Problem(
                 ("network", "lan"),
                 None,
@@ -419,7 +425,7 @@ class Network(Model):
                     [first],
                 )
 
-    def _home(self, cluster: K3dCluster | ExistingCluster) -> _Claim | None:
+    def _home(self, cluster: K3dCluster | K3sCluster | ExistingCluster) -> _Claim | None:
         """The network in which the nodes answer ARP."""
         if isinstance(cluster, K3dCluster):
             # The nodes are containers: what they announce reaches Docker's bridge and no further.
@@ -432,7 +438,7 @@ class Network(Model):
             return None
         return _Claim(Span.of(self.lan.subnet), "the LAN", ("network", "lan", "subnet"))
 
-    def _claims(self, cluster: K3dCluster | ExistingCluster) -> Iterator[_Claim]:
+    def _claims(self, cluster: K3dCluster | K3sCluster | ExistingCluster) -> Iterator[_Claim]:
         home = self._home(cluster)
         if home is not None:
             ends = (home.span.first, "its network address"), (home.span.last, "broadcast")
@@ -452,6 +458,9 @@ class Network(Model):
             for name, node in cluster.nodes.items():
                 path: Path = ("cluster", "nodes", name, "address")
                 yield _Claim(Span.of(node.address), f"node {name}", path)
+            if isinstance(cluster, K3sCluster) and cluster.virtual_ip:
+                path = ("cluster", "virtualIp", "address")
+                yield _Claim(Span.of(cluster.virtual_ip.address), "the API's virtual IP", path)
         lan = self.lan
         if lan is not None:
             yield _Claim(Span.of(lan.gateway), "the router", ("network", "lan", "gateway"))
@@ -460,9 +469,9 @@ class Network(Model):
                     Span.of(lan.dhcp), "the router's DHCP server", ("network", "lan", "dhcp")
                 )
             nodes_own = (
-                {node.address for node in cluster.nodes.values()}
-                if isinstance(cluster, ExistingCluster)
-                else set()
+                set()
+                if isinstance(cluster, K3dCluster)
+                else {node.address for node in cluster.nodes.values()}
             )
             for name, address in lan.reserved.items():
                 if address not in nodes_own:
@@ -486,7 +495,7 @@ class Network(Model):
                 )
 
     def _multus_problems(
-        self, multus: Multus, cluster: K3dCluster | ExistingCluster, host: str | None
+        self, multus: Multus, cluster: K3dCluster | K3sCluster | ExistingCluster, host: str | None
     ) -> Iterator[Problem]:
         here: Path = ("network", "multus")
         if not isinstance(cluster, K3dCluster):
@@ -599,7 +608,7 @@ class Network(Model):
             yield _Claim(Span.of(pool.addresses), f"pool {pool.name}", path)
 
     def _interface_problems(
-        self, metallb: MetalLB, cluster: K3dCluster | ExistingCluster
+        self, metallb: MetalLB, cluster: K3dCluster | K3sCluster | ExistingCluster
     ) -> Iterator[Problem]:
         if isinstance(cluster, K3dCluster):
             # Docker names it so in every container.
@@ -645,10 +654,12 @@ class Network(Model):
 
 
 def _rival_problems(
-    part: Literal["servicelb", "traefik"], setting: str, cluster: K3dCluster | ExistingCluster
+    part: Literal["servicelb", "traefik"],
+    setting: str,
+    cluster: K3dCluster | K3sCluster | ExistingCluster,
 ) -> Iterator[Problem]:
     """k3s brings its own of both. Of an existing cluster the live one is asked."""
-    if isinstance(cluster, K3dCluster) and part not in cluster.disable:
+    if not isinstance(cluster, ExistingCluster) and part not in cluster.disable:
         yield Problem(
             ("cluster", "disable"),
             None,

@@ -18,6 +18,7 @@ from components.settings.argocd import ArgoCD
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
+from components.settings.k3s import K3sCluster
 from components.settings.model import Model, Name, ObjectName
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, key_path
@@ -48,7 +49,7 @@ def _k3d_by_default(cluster: Any) -> Any:
     return {"kind": "k3d", **cluster} if isinstance(cluster, dict) else cluster
 
 
-AnyCluster: TypeAlias = K3dCluster | ExistingCluster
+AnyCluster: TypeAlias = K3dCluster | K3sCluster | ExistingCluster
 """The kinds of cluster, told apart by `kind`; last the one that needs least of this program."""
 
 
@@ -149,7 +150,7 @@ class Settings(Model):
     @property
     def warnings(self) -> list[str]:
         """What is allowed and likely not meant, a sentence each."""
-        found: list[str] = []
+        found = [*self.cluster.warnings] if isinstance(self.cluster, K3sCluster) else []
         if self.cloudflare is None:
             return found
         if set(self.cloudflare.account_id) == {"0"} or any(

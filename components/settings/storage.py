@@ -11,6 +11,7 @@ from pydantic import Field
 
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
+from components.settings.k3s import K3sCluster
 from components.settings.model import (
     AbsolutePath,
     Model,
@@ -40,7 +41,7 @@ _CHAP_KEYS = frozenset({"node.session.auth.username", "node.session.auth.passwor
 _S3_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 _CRYPTO_KEYS = frozenset({"CRYPTO_KEY_VALUE"})
 
-_Cluster: TypeAlias = K3dCluster | ExistingCluster
+_Cluster: TypeAlias = K3dCluster | K3sCluster | ExistingCluster
 
 
 def _is_server(text: str) -> bool:

@@ -88,7 +88,35 @@ APART: dict[str, Any] = {
 }
 
 
+def on_k3s(name: str, *servers: int, virtual_ip: int | None = None) -> Stack:
+    nodes = {
+        f"server-{n}": {"role": "server", "address": f"192.168.1.{n}", "interface": "eth0"}
+        for n in servers
+    }
+    cluster: dict[str, Any] = {
+        **{"kind": "k3s", "name": name, "version": "v1.33.5+k3s1", "nodes": nodes},
+        "token": {"file": "/run/agenix/k3s-token"},
+    }
+    if virtual_ip:
+        address = f"192.168.1.{virtual_ip}"
+        cluster["virtualIp"] = {"address": address, "interface": "eth0"}
+        cluster["api"] = {"tlsSan": [address]}
+    config = {"cluster": cluster, "host": {"name": name}}
+    return Stack.of(name, Settings.model_validate(config, by_alias=True, by_name=False))
+
+
 class TestCollisions:
+    def test_nodes_and_virtual_ips_of_k3s_are_a_stacks_own(self) -> None:
+        tower = on_k3s("tower", 201, 202, 203, virtual_ip=200)
+        assert keys(tower, on_k3s("other", 204)) == []
+        assert keys(tower, on_k3s("other", 203)) == ["homelab:cluster.nodes.server-203.address"]
+        assert keys(tower, on_k3s("other", 200)) == ["homelab:cluster.virtualIp.address"]
+        assert keys(tower, on_lan("metal", 130, 199)) == ["homelab:cluster.virtualIp.address"]
+        assert keys(tower, on_lan("metal", 130, 240)) == []
+        assert keys(on_k3s("tower", 110), on_lan("metal", 130, 240)) == [
+            "homelab:cluster.nodes.server-110.address"
+        ]
+
     def test_two_clusters_by_default_settings_share_nothing_on_two_hosts(self) -> None:
         assert keys(stack("a"), stack("b")) == []
 

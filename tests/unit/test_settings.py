@@ -80,7 +80,7 @@ P510 = complete(ROOT / "Pulumi.p510.yaml")
 class TestFixtures:
     @pytest.mark.parametrize("file", fixtures("valid"))
     def test_valid_settings_are_taken(self, file: Path) -> None:
-        assert parse(config_of(file.read_text())).cluster.kind in ("k3d", "existing")
+        assert parse(config_of(file.read_text())).cluster.kind in ("k3d", "k3s", "existing")
 
     @pytest.mark.parametrize("file", fixtures("valid"))
     def test_valid_settings_survive_being_written_out(self, file: Path) -> None:
@@ -739,6 +739,9 @@ def test_secrets_are_the_only_leaves_that_hide_their_value() -> None:
     secret = {path for path, (annotation, _) in RULES.items() if annotation is SecretStr}
     assert secret == {
         "settings.cluster.kubeconfig.content",
+        "settings.cluster.snapshots.s3.access_key",
+        "settings.cluster.snapshots.s3.secret_key",
+        "settings.cluster.token.value",
         "settings.secrets.data",
         "settings.cloudflare.api_token",
         "settings.tunnels.secret",
