@@ -85,17 +85,15 @@ def _needs(storage: settings.Storage) -> list[str]:
     return list(dict.fromkeys(needs))
 
 
-def check_classes(storage: settings.Storage, cluster: str, kubeconfig: str | None) -> Reading[None]:
+def check_classes(
+    storage: settings.Storage, cluster: str, kubeconfig: str | None = None
+) -> Reading[None]:
     """Refuses a second default class, and the removal of a class or volume that a claim holds.
 
     ``kubeconfig`` is the text of the way in, where it is none of k3d's. The cluster answers; where
     it has stopped to, nothing is refused: the run that would change it fails by itself.
     """
-    # A k3d cluster's own class stays as it is made where no other is declared.
-    if not storage.declared and not kubeconfig:
-        return
-    spec = {"cluster": cluster, "kubeconfig": kubeconfig}
-    seen = yield from ask(["storage", "inspect"], spec)
+    seen = yield from ask(["storage", "inspect"], {"cluster": cluster, "kubeconfig": kubeconfig})
     problems: list[str] = []
     luns = {
         name
