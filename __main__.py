@@ -19,6 +19,8 @@ from components.network.multus import Multus, MultusArgs
 from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
+from components.storage.live import check_classes, check_nodes
+from components.storage.tiers import Storage, StorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
 debug.keep_outputs_out_of_messages()
@@ -35,7 +37,13 @@ live, revision, values = connection.read(
     )
 )
 if live.answers:
-    connection.read(refuse_two_owners(stack.tunnels, name, live.kubeconfig))
+    connection.read(
+        together(
+            refuse_two_owners(stack.tunnels, name, live.kubeconfig),
+            check_classes(stack.storage, name, live.kubeconfig),
+        )
+    )
+check_nodes(stack.storage, live.nodes, stack.node_names)
 live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
@@ -46,12 +54,15 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+owners = stack.declared_namespaces()
+namespaces = Namespaces(name, NamespacesArgs(owners, cluster, stack.storage.namespaces))
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 network = stack.network
 if network.multus and network.lan and stack.cluster.kind == "k3d":
     args = MultusArgs(network.multus, network.lan, stack.cluster.cni, cluster, after=[namespaces])
     Multus(name, args)
+if stack.storage.classes or stack.storage.runs_local_path:
+    Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
 ingress = None
 if stack.network.metallb:
     metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))

@@ -30,6 +30,7 @@ MODULES = (
     "install",
     "workloads",
     "existing",
+    "storage",
     "argocd",
     "clean",
     "backups",

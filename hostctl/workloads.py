@@ -69,7 +69,7 @@ UNREACHABLE = re.compile(
     r"|context deadline exceeded|no route to host|TLS handshake timeout|ServiceUnavailable"
     r"|certificate signed by unknown authority|net/http: request canceled"
 )
-_NO_NODE = re.compile(r"No such container|is not running")
+NO_NODE = re.compile(r"No such container|is not running")
 SEED_SPEC: dict[str, Any] = {
     "kubeconfig": Value(absolute_path),
     "namespace": Value(DNS_LABEL),
@@ -326,7 +326,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     else:
         seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
     if seen.code:
-        if UNREACHABLE.search(seen.complaint) or _NO_NODE.search(seen.complaint):
+        if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
             return {"exists": None, **nobody, "detail": seen.complaint}
         if "the server doesn't have a resource type" in seen.complaint:
             return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}

@@ -457,13 +457,6 @@ class K3dCluster(Model):
         yield from self._subnet_problems()
         yield from self._cni_problems()
         subnet = ip_network(self.network.subnet)
-        if "local-storage" in self.disable:
-            yield Problem(
-                ("cluster", "disable", self.disable.index("local-storage")),
-                "local-storage",
-                "parts other than local-storage, which serves storage class local-path",
-                "remove it: without it storageDir would hold no volumes",
-            )
         for key in ("recreate", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:

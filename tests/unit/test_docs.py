@@ -23,7 +23,7 @@ SECURE = {
 }
 
 
-PAGES = ["docs/settings.md", "docs/metal.md", "docs/truenas.md"]
+PAGES = ["docs/settings.md", "docs/metal.md", "docs/storage.md", "docs/truenas.md"]
 """Each shows settings by example; together they show all."""
 
 
