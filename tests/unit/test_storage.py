@@ -1,7 +1,7 @@
 """Tiers of storage: one default among them, what each class is, and what keeps data from harm."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 
 from components import settings, versions
 from components.cluster import Cluster
-from components.host import Connection, Host, HostError
+from components.host import Connection, Host, HostError, Question
 from components.namespaces import Namespaces, NamespacesArgs
 from components.settings.fleet import Stack, collisions
 from components.settings.problem import key_path
