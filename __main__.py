@@ -41,7 +41,9 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+namespaces = Namespaces(
+    name, NamespacesArgs(stack.declared_namespaces(), cluster, stack.namespaces)
+)
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 ingress = None
 if stack.network.metallb:

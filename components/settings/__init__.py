@@ -20,11 +20,11 @@ from components.settings.cluster import (
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
+from components.settings.namespace import Namespace, NetworkPolicy
 from components.settings.network import Acme, Lan, MetalLB, Network, Pool, Traefik
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
-    Namespace,
     Secret,
     SecretCopy,
     SecretType,
@@ -73,6 +73,7 @@ __all__ = [
     "MetalLB",
     "Namespace",
     "Network",
+    "NetworkPolicy",
     "Node",
     "Operator",
     "Origin",
