@@ -10,6 +10,7 @@ import pulumi
 
 import homelab
 from components import debug, settings
+from components.access import Access, AccessArgs
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import kinds
 from components.host import Connection, Host, docker_engine
@@ -44,6 +45,11 @@ cluster = declared.cluster
 namespaces = Namespaces(
     name, NamespacesArgs(stack.declared_namespaces(), cluster, stack.namespaces)
 )
+access = None
+if stack.access:
+    access = Access(
+        name, AccessArgs(stack.access, cluster, declared.kubeconfig, after=[namespaces])
+    )
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 ingress = None
 if stack.network.metallb:
@@ -73,6 +79,7 @@ homelab.export(
     acceptance=declared.acceptance,
     kubeconfig=declared.kubeconfig,
     namespaces=namespaces.names,
+    service_accounts=access and access.kubeconfigs,
     ingress=ingress and ingress.address,
     argocd=argocd and argocd.output,
     tunnels={key: made.output for key, made in tunnels.items()},

@@ -52,10 +52,11 @@ class Namespaces(pulumi.ComponentResource):
                 continue
             declared = args.declared.get(namespace, settings.Namespace())
             security = declared.pod_security
+            metadata: kubernetes.meta.v1.ObjectMetaArgsDict = {"name": namespace}
+            if security:
+                metadata["labels"] = security.labels
             self.namespaces[namespace] = made = kubernetes.core.v1.Namespace(
-                namespace,
-                metadata={"name": namespace, **({"labels": security.labels} if security else {})},
-                opts=kept,
+                namespace, metadata=metadata, opts=kept
             )
             within = pulumi.ResourceOptions.merge(
                 options, pulumi.ResourceOptions(depends_on=[made])

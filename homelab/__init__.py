@@ -110,6 +110,14 @@ class Platform:
         return self._read("namespaces")
 
     @property
+    def service_accounts(self) -> pulumi.Output[Mapping[str, str]]:
+        """Kubeconfig, YAML text, of each service account with a lasting token, by namespace/name;
+        secret. Reachable where ``kubeconfig`` is.
+        """
+        read = self._read("serviceAccounts", optional=True)
+        return pulumi.Output.secret(read.apply(lambda accounts: accounts or {}))
+
+    @property
     def ingress(self) -> pulumi.Output[str | None]:
         """The LAN's address of the ingress; None for a stack without one."""
         return self._read("ingress", optional=True)
@@ -165,6 +173,7 @@ def export(
     kubeconfig: pulumi.Input[str],
     namespaces: pulumi.Input[list[str]],
     argocd: pulumi.Input[ArgoCD] | None,
+    service_accounts: Mapping[str, pulumi.Input[str]] | None = None,
     ingress: pulumi.Input[str] | None = None,
     tunnels: Mapping[str, pulumi.Input[Tunnel]],
     urls: pulumi.Input[Mapping[str, str]],
@@ -175,6 +184,7 @@ def export(
     pulumi.export("acceptance", acceptance)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
     pulumi.export("namespaces", namespaces)
+    pulumi.export("serviceAccounts", service_accounts)
     pulumi.export("ingress", ingress)
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)

@@ -7,6 +7,7 @@ wrong.
 is allowed, and the remedy.
 """
 
+from components.settings.access import ClusterAccess, PolicyRule, Role
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import (
     Acceptance,
@@ -58,6 +59,7 @@ __all__ = [
     "Backups",
     "Cleaning",
     "Cloudflare",
+    "ClusterAccess",
     "ClusterConnector",
     "DeclaredSecret",
     "DockerNetwork",
@@ -77,10 +79,12 @@ __all__ = [
     "Node",
     "Operator",
     "Origin",
+    "PolicyRule",
     "Pool",
     "PostgresBackup",
     "Problem",
     "PublishedPort",
+    "Role",
     "Route",
     "Secret",
     "SecretCopy",

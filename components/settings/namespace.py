@@ -317,7 +317,7 @@ class Peers(Model):
     cidrs: list[Cidr] = Field(default=[], description="Addresses outside the cluster.")
     ports: list[PolicyPort] = Field(default=[], description="These ports only; all without.")
 
-    def rule(self, side: str) -> dict[str, Any]:
+    def rule(self, side: str) -> Any:
         """A rule of a NetworkPolicy; ``side`` is `from_` or `to`."""
         peers: list[dict[str, Any]] = [
             {"namespace_selector": {"match_labels": {"kubernetes.io/metadata.name": namespace}}}

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from components.settings.access import ClusterAccess
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
@@ -86,6 +87,9 @@ class Settings(Model):
     namespaces: dict[Name, Namespace] = Field(
         default={},
         description="Namespaces by name, besides those that Secrets, tunnels and ArgoCD name.",
+    )
+    access: Annotated[ClusterAccess | None, BeforeValidator(_empty_is_none)] = Field(
+        default=None, description="Who may do what in the cluster, besides its administrator."
     )
     secrets: dict[Name, dict[ObjectName, Secret]] = Field(
         default={}, description="Secrets by namespace and name."
@@ -189,6 +193,10 @@ class Settings(Model):
         yield from self._reachability_problems()
         yield from self._namespace_problems()
         yield from self._limit_problems()
+        if self.access is not None:
+            # Other kinds say their API server's arguments themselves, or others started it.
+            given = self.cluster.k3s_args if isinstance(self.cluster, K3dCluster) else None
+            yield from self.access.problems(self._known_namespaces, given)
         yield from self._secret_problems()
         yield from self._connector_problems()
         yield from self._zone_problems()
