@@ -13,6 +13,7 @@ from components import debug, settings
 from components.access import Access, AccessArgs
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import kinds
+from components.federation import Federation, FederationArgs, read_kubeconfigs
 from components.host import Connection, Host, docker_engine
 from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
@@ -28,6 +29,8 @@ name = stack.cluster.name
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
 live = kinds.read(stack, connection)
+if stack.argocd:
+    read_kubeconfigs(stack.argocd, pulumi.get_stack())
 revision = stack.argocd and Revision.read(stack.argocd, name, connection)
 values = read_values(stack.declared_secrets(), stack.host, connection)
 if live.answers:
@@ -59,6 +62,9 @@ if stack.network.metallb:
 argocd = None
 if stack.argocd and revision:
     argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
+    if stack.argocd.clusters:
+        there = bool(revision.commit)
+        Federation(name, FederationArgs(stack.argocd, cluster, [namespaces, argocd], there))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
     # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.

@@ -8,7 +8,7 @@ is allowed, and the remedy.
 """
 
 from components.settings.access import ClusterAccess, PolicyRule, Role
-from components.settings.argocd import ArgoCD
+from components.settings.argocd import ApplicationSet, ArgoCD, MemberCluster
 from components.settings.cluster import (
     Acceptance,
     Api,
@@ -54,6 +54,7 @@ __all__ = [
     "Adopt",
     "AnyCluster",
     "Api",
+    "ApplicationSet",
     "ArgoCD",
     "AuthKey",
     "Backups",
@@ -72,6 +73,7 @@ __all__ = [
     "KubeconfigFile",
     "KubeconfigSource",
     "Lan",
+    "MemberCluster",
     "MetalLB",
     "Namespace",
     "Network",

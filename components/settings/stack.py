@@ -188,6 +188,8 @@ class Settings(Model):
                 yield from secret.problems(("secrets", namespace, name))
         if self.tailscale is not None:
             yield from self.tailscale.problems()
+        if self.argocd is not None:
+            yield from self.argocd.problems()
         for name, tunnel in self.tunnels.items():
             yield from tunnel.problems(name)
         yield from self._reachability_problems()
