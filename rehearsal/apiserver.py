@@ -521,6 +521,7 @@ class ApiServer:
             if self.world.get(key) is not None:
                 raise taken
             return obj
+        self._fill_in_token(obj)
         try:
             self.world.create(key, obj)
         except Exists:
