@@ -114,8 +114,18 @@ class Platform:
         """Kubeconfig, YAML text, of each service account with a lasting token, by namespace/name;
         secret. Reachable where ``kubeconfig`` is.
         """
+
+        def decrypted(accounts: Any) -> Mapping[str, str]:
+            # As for `kubeconfig`: {} takes the place of what cannot be decrypted.
+            if not all(isinstance(text, str) for text in (accounts or {}).values()):
+                raise pulumi.RunError(
+                    f"the service accounts of stack {self._stack} cannot be decrypted. Remedy: give"
+                    " both stacks the same passphrase (PULUMI_CONFIG_PASSPHRASE) or key service."
+                )
+            return accounts or {}
+
         read = self._read("serviceAccounts", optional=True)
-        return pulumi.Output.secret(read.apply(lambda accounts: accounts or {}))
+        return pulumi.Output.secret(read.apply(decrypted))
 
     @property
     def ingress(self) -> pulumi.Output[str | None]:

@@ -62,12 +62,11 @@ argocd:
 class Hub(Rehearsal):
     """The stack above in the backend of another, with settings that can be changed."""
 
-    def __init__(self, directory: Path, beside: Rehearsal) -> None:
+    def __init__(self, directory: Path, beside: Rehearsal, name: str = "hub") -> None:
         self.settings = copy.deepcopy(STACK)
         backend = beside.process_environment()["PULUMI_BACKEND_URL"]
-        super().__init__(
-            directory, "hub", self.settings, environment={"PULUMI_BACKEND_URL": backend}
-        )
+        environment = {"PULUMI_BACKEND_URL": backend}
+        super().__init__(directory, name, self.settings, environment=environment)
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[dict[str, Any]]:
@@ -229,10 +228,10 @@ def test_a_cluster_that_cannot_be_registered_fails_the_preview_by_name(hub, memb
 
 
 def test_a_cluster_on_loopback_fails_the_preview_with_the_ways_out(hub, metal, tmp_path):
-    # The other way round: metal's ArgoCD cannot reach a k3d cluster that listens on 127.0.0.1.
+    del hub.settings["argocd"]
+    hub.set_config(hub.settings)
     hub.up()
-    spoke = Hub(tmp_path / "spoke", metal)
-    spoke.stack = "spoke"
+    spoke = Hub(tmp_path / "spoke", metal, "spoke")
     with spoke.edited() as settings:
         settings["cluster"]["name"] = "spoke"
         settings["argocd"]["clusters"] = {
