@@ -192,6 +192,7 @@ def test_every_object_is_accepted_and_limits_and_roles_really_bind(stack):
     del stack.settings["access"]["serviceAccounts"]["factory"]["deployer"]["token"]
     stack.set_config(stack.settings)
     assert planned(stack.up()) == {"delete Secret factory/deployer-token"}
+    refused = ""
     for _ in range(30):
         refused = kubectl(stack, "get", "deployments", kubeconfig=path)
         if "Unauthorized" in refused or "logged in" in refused:
