@@ -116,6 +116,7 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
         "secrets_encryption": True,
         "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
         "k3s_args": ["--kubelet-arg=max-pods=200"],
+        "audit": None,
         "ports": [
             {"host_port": 8080, "container_port": 80, "bind": "127.0.0.1", "protocol": "tcp"}
         ],
