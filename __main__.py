@@ -10,8 +10,10 @@ import pulumi
 
 import homelab
 from components import debug, settings
+from components.access import Access, AccessArgs
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import kinds
+from components.federation import Federation, FederationArgs, read_kubeconfigs
 from components.host import Connection, Host, docker_engine, together
 from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
@@ -29,6 +31,8 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
+if stack.argocd:
+    read_kubeconfigs(stack.argocd, pulumi.get_stack())
 live, revision, values = connection.read(
     together(
         kinds.read(stack, connection),
@@ -54,8 +58,17 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-owners = stack.declared_namespaces()
-namespaces = Namespaces(name, NamespacesArgs(owners, cluster, stack.storage.namespaces))
+namespaces = Namespaces(
+    name,
+    NamespacesArgs(
+        stack.declared_namespaces(), cluster, stack.namespaces, stack.storage.namespaces
+    ),
+)
+access = None
+if stack.access:
+    access = Access(
+        name, AccessArgs(stack.access, cluster, declared.kubeconfig, after=[namespaces])
+    )
 secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
 if stack.storage.classes or stack.storage.runs_local_path:
     Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
@@ -71,6 +84,9 @@ if stack.network.metallb:
 argocd = None
 if stack.argocd and revision:
     argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
+    if stack.argocd.clusters:
+        there = bool(revision.commit)
+        Federation(name, FederationArgs(stack.argocd, cluster, [namespaces, argocd], there))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
     # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
@@ -91,6 +107,7 @@ homelab.export(
     acceptance=declared.acceptance,
     kubeconfig=declared.kubeconfig,
     namespaces=namespaces.names,
+    service_accounts=access and access.kubeconfigs,
     ingress=ingress and ingress.address,
     argocd=argocd and argocd.output,
     tunnels={key: made.output for key, made in tunnels.items()},

@@ -34,6 +34,7 @@ import homelab
 from components import settings, versions
 from components.cluster import Cluster
 from components.ownership import deployment_name
+from components.settings.tunnel import CONNECTOR_RESOURCES, KEEPALIVE_RESOURCES
 
 # User `nonroot` of cloudflared's image. A number, since runAsNonRoot cannot judge a name.
 _USER = 65532
@@ -255,8 +256,9 @@ class CloudflareTunnel(pulumi.ComponentResource):
     def _connect_from_cluster(
         self, connector: settings.ClusterConnector, token: pulumi.Output[str]
     ) -> None:
-        """A Deployment without a NetworkPolicy: the services of its routes may be in any namespace
-        and outside the cluster.
+        """A Deployment without a NetworkPolicy of its own: the services of its routes may be in any
+        namespace and outside the cluster. One of its namespace that would cut it off is refused in
+        the settings.
         """
         args = self._args
         name, namespace = deployment_name(self._name), connector.namespace
@@ -336,8 +338,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
                                     "failure_threshold": 6,
                                 },
                                 "resources": {
-                                    "requests": {"cpu": "10m", "memory": "64Mi"},
-                                    "limits": {"memory": "256Mi"},
+                                    "requests": CONNECTOR_RESOURCES.requests,
+                                    "limits": CONNECTOR_RESOURCES.limits,
                                 },
                                 "security_context": _CONTAINER_SECURITY,
                                 "volume_mounts": [
@@ -466,8 +468,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
                                 "image": versions.CURL,
                                 "command": _keepalive(routes),
                                 "resources": {
-                                    "requests": {"cpu": "1m", "memory": "8Mi"},
-                                    "limits": {"memory": "64Mi"},
+                                    "requests": KEEPALIVE_RESOURCES.requests,
+                                    "limits": KEEPALIVE_RESOURCES.limits,
                                 },
                                 "security_context": _CONTAINER_SECURITY,
                             }

@@ -110,6 +110,24 @@ class Platform:
         return self._read("namespaces")
 
     @property
+    def service_accounts(self) -> pulumi.Output[Mapping[str, str]]:
+        """Kubeconfig, YAML text, of each service account with a lasting token, by namespace/name;
+        secret. Reachable where ``kubeconfig`` is.
+        """
+
+        def decrypted(accounts: Any) -> Mapping[str, str]:
+            # As for `kubeconfig`: {} takes the place of what cannot be decrypted.
+            if not all(isinstance(text, str) for text in (accounts or {}).values()):
+                raise pulumi.RunError(
+                    f"the service accounts of stack {self._stack} cannot be decrypted. Remedy: give"
+                    " both stacks the same passphrase (PULUMI_CONFIG_PASSPHRASE) or key service."
+                )
+            return accounts or {}
+
+        read = self._read("serviceAccounts", optional=True)
+        return pulumi.Output.secret(read.apply(decrypted))
+
+    @property
     def ingress(self) -> pulumi.Output[str | None]:
         """The LAN's address of the ingress; None for a stack without one."""
         return self._read("ingress", optional=True)
@@ -165,6 +183,7 @@ def export(
     kubeconfig: pulumi.Input[str],
     namespaces: pulumi.Input[list[str]],
     argocd: pulumi.Input[ArgoCD] | None,
+    service_accounts: Mapping[str, pulumi.Input[str]] | None = None,
     ingress: pulumi.Input[str] | None = None,
     tunnels: Mapping[str, pulumi.Input[Tunnel]],
     urls: pulumi.Input[Mapping[str, str]],
@@ -175,6 +194,7 @@ def export(
     pulumi.export("acceptance", acceptance)
     pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
     pulumi.export("namespaces", namespaces)
+    pulumi.export("serviceAccounts", service_accounts)
     pulumi.export("ingress", ingress)
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)

@@ -285,6 +285,20 @@ def objects_know_their_cluster(args: ResourceValidationArgs) -> Violations:
             yield f"{args.name} has no provider of its own: give it the cluster's"
 
 
+@guard("Nobody who has not logged in may do anything, and no role bypasses roles.")
+def grants_are_to_someone(args: ResourceValidationArgs) -> Violations:
+    """Bindings to those without a name, to every pod but for reading, and to system:masters."""
+    if not re.fullmatch(r"kubernetes:rbac[^:]*:(?:Cluster)?RoleBinding", args.resource_type):
+        return
+    role = (args.props.get("roleRef") or {}).get("name")
+    for subject in args.props.get("subjects") or ():
+        name = subject.get("name")
+        if name in ("system:anonymous", "system:unauthenticated", "system:masters"):
+            yield f"{args.name} binds {role} to {name}: name users, groups or service accounts"
+        elif name in ("system:authenticated", "system:serviceaccounts") and role != "view":
+            yield f"{args.name} binds {role} to {name}, which every pod is: bind view alone"
+
+
 @guard("Namespaces say which Pod Security Standard holds in them.", EnforcementLevel.ADVISORY)
 def namespaces_have_pod_security(args: ResourceValidationArgs) -> Violations:
     """Advisory: in namespaces that ArgoCD fills it is not ours to choose."""

@@ -521,6 +521,7 @@ class ApiServer:
             if self.world.get(key) is not None:
                 raise taken
             return obj
+        self._fill_in_token(obj)
         try:
             self.world.create(key, obj)
         except Exists:
@@ -617,9 +618,28 @@ class ApiServer:
             if version is not None:
                 obj["metadata"]["resourceVersion"] = version
         else:
+            self._fill_in_token(obj)
             self.world.put(self._key(obj), obj)
             self._assign_addresses(obj)
         return obj
+
+    def _fill_in_token(self, obj: Object) -> None:
+        """Give a service account's Secret its token, as the controller manager does. In place."""
+        if obj.get("type") != "kubernetes.io/service-account-token" or not is_secret(obj):
+            return
+        metadata = obj["metadata"]
+        name = metadata["annotations"][_ACCOUNT]
+        account = self.world.get(self._file("ServiceAccount", metadata["namespace"], name))
+        if account is None or (obj.get("data") or {}).get("token"):
+            return
+        metadata["annotations"]["kubernetes.io/service-account.uid"] = account["metadata"]["uid"]
+        token = hashlib.sha256(f"{account['metadata']['uid']} {metadata['uid']}".encode())
+        texts = {
+            "ca.crt": self.cluster,
+            "namespace": metadata["namespace"],
+            "token": f"made-up.{token.hexdigest()}",
+        }
+        obj["data"] = {key: base64.b64encode(text.encode()).decode() for key, text in texts.items()}
 
     def _admitted(self, obj: Object) -> Object:
         """A copy of the object in its namespace, defaulted and valid."""
@@ -735,6 +755,9 @@ class ApiServer:
         spec.setdefault("clusterIPs", [address])
         spec.setdefault("ipFamilies", ["IPv4"])
         spec.setdefault("ipFamilyPolicy", "SingleStack")
+
+
+_ACCOUNT = "kubernetes.io/service-account.name"
 
 
 def _addresses(pool: Object) -> set[ipaddress.IPv4Address]:
@@ -1044,6 +1067,10 @@ def _data_faults(obj: Object) -> Iterator[str]:
             yield f"data[{key}]: Required value"
         elif of.startswith("kubernetes.io/dockerc") and not _is_json(values[key]):
             yield f'data[{key}]: Invalid value: "<secret contents redacted>": not valid JSON'
+    if of == "kubernetes.io/service-account-token" and not (
+        obj["metadata"].get("annotations") or {}
+    ).get(_ACCOUNT):
+        yield f"metadata.annotations[{_ACCOUNT}]: Required value"
     if of == "kubernetes.io/basic-auth" and not values.keys() & {"username", "password"}:
         yield "data[username]: Required value, data[password]: Required value"
 

@@ -184,7 +184,7 @@ class Kubectl:
         self.api.world.put(f"{self.cluster}/{namespace}/{kind}/{metadata['name']}", obj)
 
     def _apply(self, target: str) -> Ran:
-        """Applies a made-up kustomization: a namespace, Argo CD's kind Application, one of it."""
+        """Applies a made-up kustomization: a namespace, Argo CD's kinds, an Application."""
         found = re.fullmatch(r"(.+)//([^?]+)\?ref=([0-9a-f]{40})&timeout=120s", target)
         if found is None:
             return Ran(1, b"", b"error: rehearsal: not REPOSITORY//PATH?ref=COMMIT&timeout=120s\n")
@@ -246,27 +246,29 @@ def _selected(obj: Object, selector: str) -> bool:
 
 
 def kustomization(repository: str, path: str, commit: str) -> list[Object]:
-    names = {
-        "kind": "Application",
-        "listKind": "ApplicationList",
-        "plural": "applications",
-        "singular": "application",
-    }
     schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
     version = {"name": "v1alpha1", "served": True, "storage": True, "schema": schema}
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "argocd"}},
-        {
-            "apiVersion": "apiextensions.k8s.io/v1",
-            "kind": "CustomResourceDefinition",
-            "metadata": {"name": "applications.argoproj.io"},
-            "spec": {
-                "group": "argoproj.io",
-                "names": names,
-                "scope": "Namespaced",
-                "versions": [version],
-            },
-        },
+        *(
+            {
+                "apiVersion": "apiextensions.k8s.io/v1",
+                "kind": "CustomResourceDefinition",
+                "metadata": {"name": f"{kind.lower()}s.argoproj.io"},
+                "spec": {
+                    "group": "argoproj.io",
+                    "names": {
+                        "kind": kind,
+                        "listKind": f"{kind}List",
+                        "plural": f"{kind.lower()}s",
+                        "singular": kind.lower(),
+                    },
+                    "scope": "Namespaced",
+                    "versions": [version],
+                },
+            }
+            for kind in ("Application", "ApplicationSet")
+        ),
         {
             "apiVersion": "argoproj.io/v1alpha1",
             "kind": "Application",

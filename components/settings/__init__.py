@@ -7,7 +7,8 @@ wrong.
 is allowed, and the remedy.
 """
 
-from components.settings.argocd import ArgoCD
+from components.settings.access import ClusterAccess, PolicyRule, Role
+from components.settings.argocd import ApplicationSet, ArgoCD, MemberCluster
 from components.settings.cluster import (
     Acceptance,
     Api,
@@ -21,6 +22,7 @@ from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.host import Host, K3d
 from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
+from components.settings.namespace import Namespace, NetworkPolicy
 from components.settings.network import (
     Acme,
     Attachment,
@@ -35,7 +37,6 @@ from components.settings.network import (
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
-    Namespace,
     Secret,
     SecretCopy,
     SecretType,
@@ -79,6 +80,7 @@ __all__ = [
     "AnyClass",
     "AnyCluster",
     "Api",
+    "ApplicationSet",
     "ArgoCD",
     "Attachment",
     "AuthKey",
@@ -88,6 +90,7 @@ __all__ = [
     "CephFilesystemClass",
     "Cleaning",
     "Cloudflare",
+    "ClusterAccess",
     "ClusterConnector",
     "DeclaredSecret",
     "DockerNetwork",
@@ -109,18 +112,22 @@ __all__ = [
     "LocalPathClass",
     "Longhorn",
     "LonghornClass",
+    "MemberCluster",
     "MetalLB",
     "Multus",
     "Namespace",
     "Network",
+    "NetworkPolicy",
     "NfsClass",
     "Node",
     "Operator",
     "Origin",
+    "PolicyRule",
     "Pool",
     "PostgresBackup",
     "Problem",
     "PublishedPort",
+    "Role",
     "Route",
     "Secret",
     "SecretCopy",

@@ -26,6 +26,7 @@ from components.settings.tunnel import HostConnector
 NAMESPACE = "homelab:"
 
 _ON_HOST, _IN_ACCOUNT = "on host ", "in Cloudflare account "
+_IN_ARGOCD = "or shares no namespace in it, for two ArgoCDs would undo each other's work"
 
 # Much faster, where PyYAML was built with libyaml.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -285,6 +286,15 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
                 hostnames.add(route.hostname)
                 path = ("tunnels", name, "routes", index, "hostname")
                 yield Claim("hostname", route.hostname, path, route.hostname)
+
+    for name, member in (settings.argocd.clusters if settings.argocd else {}).items():
+        if member.stack:
+            # Two ArgoCDs may share a cluster, each in namespaces of its own.
+            key = f"/{member.stack}"
+            for namespace in member.namespaces or [""]:
+                path = ("argocd", "clusters", name)
+                extent = Directory(f"{key}/{namespace}".rstrip("/"))
+                yield Claim("cluster of an ArgoCD", member.stack, path, extent, _IN_ARGOCD)
 
     if settings.tailscale and (operator := settings.tailscale.operator):
         path, name = ("tailscale", "operator", "hostname"), operator.hostname or _OPERATOR

@@ -1,4 +1,4 @@
-"""Namespaces, and the Secrets in them."""
+"""The Secrets of a stack."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -53,16 +53,6 @@ def missing_keys(secret_type: str, keys: Collection[str]) -> str:
     if not choices or any(choice <= set(keys) for choice in choices):
         return ""
     return " or ".join(" and ".join(sorted(choice - set(keys))) for choice in choices)
-
-
-class Namespace(Model):
-    """A namespace of the cluster."""
-
-    owner: Literal["pulumi", "argocd"] = Field(
-        default="pulumi",
-        description="Who makes it. `argocd`: it exists or ArgoCD makes it, and this stack only "
-        "knows its name.",
-    )
 
 
 class SecretCopy(Model):

@@ -14,19 +14,24 @@ from pydantic import (
     model_validator,
 )
 
+from components.settings.access import ClusterAccess
 from components.settings.argocd import ArgoCD
 from components.settings.cluster import K3dCluster
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.k3s import K3sCluster
 from components.settings.model import Model, Name, ObjectName
+from components.settings.namespace import Namespace, OwnPod, rollout_pods
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, key_path
-from components.settings.secrets import DeclaredSecret, Namespace, Secret
+from components.settings.secrets import DeclaredSecret, Secret
 from components.settings.storage import Storage
 from components.settings.tailscale import NAMESPACE as TAILSCALE_NAMESPACE
 from components.settings.tailscale import Tailscale
 from components.settings.tunnel import (
+    CONNECTOR_RESOURCES,
+    EDGE_PORT,
+    KEEPALIVE_RESOURCES,
     Cloudflare,
     ClusterConnector,
     HostConnector,
@@ -87,6 +92,9 @@ class Settings(Model):
     namespaces: dict[Name, Namespace] = Field(
         default={},
         description="Namespaces by name, besides those that Secrets, tunnels and ArgoCD name.",
+    )
+    access: Annotated[ClusterAccess | None, BeforeValidator(_empty_is_none)] = Field(
+        default=None, description="Who may do what in the cluster, besides its administrator."
     )
     secrets: dict[Name, dict[ObjectName, Secret]] = Field(
         default={}, description="Secrets by namespace and name."
@@ -151,6 +159,13 @@ class Settings(Model):
     def warnings(self) -> list[str]:
         """What is allowed and likely not meant, a sentence each."""
         found = [*self.cluster.warnings] if isinstance(self.cluster, K3sCluster) else []
+        limited = [name for name, one in self.namespaces.items() if one.network_policy]
+        if limited and isinstance(self.cluster, ExistingCluster):
+            found.append(
+                f"homelab:namespaces: {', '.join(limited)}: a NetworkPolicy holds only where the"
+                " cluster's network enforces it: Calico, Cilium and k3s's own do, Flannel alone"
+                " does not."
+            )
         if self.cloudflare is None:
             return found
         if set(self.cloudflare.account_id) == {"0"} or any(
@@ -185,11 +200,18 @@ class Settings(Model):
                 yield from secret.problems(("secrets", namespace, name))
         if self.tailscale is not None:
             yield from self.tailscale.problems()
+        if self.argocd is not None:
+            yield from self.argocd.problems()
         for name, tunnel in self.tunnels.items():
             yield from tunnel.problems(name)
         yield from self._reachability_problems()
         yield from self._service_problems()
         yield from self._namespace_problems()
+        yield from self._limit_problems()
+        if self.access is not None:
+            # Other kinds say their API server's arguments themselves, or others started it.
+            given = self.cluster.k3s_args if isinstance(self.cluster, K3dCluster) else None
+            yield from self.access.problems(self._known_namespaces, given)
         yield from self._secret_problems()
         yield from self._connector_problems()
         yield from self._zone_problems()
@@ -285,6 +307,99 @@ class Settings(Model):
                     "has two owners",
                     [owner],
                 )
+
+    def own_pods(self) -> dict[str, list[OwnPod]]:
+        """What the stack itself runs in namespaces that it makes, and what that needs there."""
+        found: dict[str, list[OwnPod]] = defaultdict(list)
+        for name, tunnel in self.tunnels.items():
+            connector = tunnel.connector
+            if not isinstance(connector, ClusterConnector):
+                continue
+            path: Path = ("tunnels", name)
+            origins: dict[str, Path] = {
+                route.namespace: (*path, "routes", index, "service")
+                for index, route in enumerate(tunnel.routes)
+                if route.namespace
+            }
+            found[connector.namespace].append(
+                OwnPod(
+                    f"the connector of tunnel {name}",
+                    (*path, "connector"),
+                    pods=rollout_pods(connector.replicas),
+                    resources=CONNECTOR_RESOURCES,
+                    internet=EDGE_PORT,
+                    origins=origins,
+                )
+            )
+            if any(route.keepalive for route in tunnel.routes):
+                found[connector.namespace].append(
+                    OwnPod(
+                        f"the keepalive of tunnel {name}",
+                        (*path, "connector"),
+                        pods=rollout_pods(1),
+                        resources=KEEPALIVE_RESOURCES,
+                    )
+                )
+        if self.argocd is not None:
+            # What runs there is in the repository: how much of it is not known.
+            argocd = OwnPod("ArgoCD", ("argocd", "namespace"), internet=0)
+            found[self.argocd.namespace].append(argocd)
+        if self.tailscale is not None and self.tailscale.operator is not None:
+            # Its proxies set up routes of the node.
+            operator = OwnPod(
+                "the Tailscale operator",
+                ("tailscale", "operator"),
+                needs="privileged",
+                internet=0,
+            )
+            found[TAILSCALE_NAMESPACE].append(operator)
+        return found
+
+    def _limit_problems(self) -> Iterator[Problem]:
+        known = self._known_namespaces
+        pods = self.own_pods()
+        secrets: dict[str, int] = defaultdict(int)
+        for secret in self.declared_secrets():
+            secrets[secret.namespace] += 1
+        for tunnel in self.tunnels.values():
+            if isinstance(tunnel.connector, ClusterConnector):
+                secrets[tunnel.connector.namespace] += 1
+        for name, namespace in self.namespaces.items():
+            yield from namespace.problems(name, known, pods.get(name, []), secrets[name])
+            policy = namespace.network_policy
+            if policy is None:
+                continue
+            path: Path = ("namespaces", name, "networkPolicy")
+            if isinstance(self.cluster, K3dCluster) and (
+                "--disable-network-policy" in self.cluster.k3s_args
+            ):
+                yield Problem(
+                    path,
+                    None,
+                    "network policies where something enforces them",
+                    "remove --disable-network-policy from homelab:cluster.k3sArgs, or this policy",
+                    "is enforced by nothing",
+                    [("cluster", "k3sArgs")],
+                )
+            for connectors, own in pods.items():
+                for pod in own:
+                    if name in pod.origins and not policy.allows("ingress", connectors, name):
+                        yield Problem(
+                            (*path, "ingress"),
+                            None,
+                            f"a rule by which {pod.what}, in {connectors}, is let in",
+                            f"add {{namespaces: [{connectors}]}}",
+                            f"cuts {pod.what} from its origin",
+                            [pod.origins[name]],
+                        )
+
+    @property
+    def _known_namespaces(self) -> frozenset[str]:
+        return (
+            frozenset(self.declared_namespaces())
+            | _BUILT_IN_NAMESPACES
+            | frozenset(self.network.namespaces)
+        )
 
     def _secret_problems(self) -> Iterator[Problem]:
         owners: dict[tuple[str, str], Path] = {}

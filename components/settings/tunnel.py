@@ -19,6 +19,7 @@ from components.settings.model import (
     Number,
     Text,
 )
+from components.settings.namespace import Resources
 from components.settings.problem import Path, Problem
 
 # Year and month of Cloudflare's own image by its tag; a digest alone tells no version.
@@ -267,6 +268,13 @@ class Route(Model):
         """Namespace of the Kubernetes Service behind the route; None where it is none."""
         parts = (self.service_host or "").removesuffix(".cluster.local").split(".")
         return parts[1] if len(parts) == 3 and parts[2] == "svc" else None
+
+
+CONNECTOR_RESOURCES = Resources({"cpu": "10m", "memory": "64Mi"}, {"memory": "256Mi"})
+KEEPALIVE_RESOURCES = Resources({"cpu": "1m", "memory": "8Mi"}, {"memory": "64Mi"})
+"""Of a connector's pods, and of those that keep its origins awake."""
+EDGE_PORT = 7844
+"""Where a connector reaches Cloudflare."""
 
 
 class ClusterConnector(Model):

@@ -344,8 +344,8 @@ _CLIENT_SIDE = {
     ("pulumi-resource-kubernetes", "Update"),
 }
 _AWAITED = words(
-    """DaemonSet Deployment Ingress Job PersistentVolume PersistentVolumeClaim Pod Service
-    StatefulSet"""
+    """DaemonSet Deployment Ingress Job PersistentVolume PersistentVolumeClaim Pod ResourceQuota
+    Secret Service StatefulSet"""
 )
 _AWAITED_ON_READ = _AWAITED - {"PersistentVolume", "PersistentVolumeClaim"}
 _TIMEOUT_SECONDS = 600.0

@@ -161,6 +161,12 @@ class RealApiServer:
             return _condition(live, "Complete")
         if kind == "Pod":
             return status.get("phase") == "Succeeded" or _condition(live, "Ready")
+        if kind == "Secret":
+            # The controller manager fills in the tokens of service accounts.
+            filled = live.get("type") != "kubernetes.io/service-account-token"
+            return filled or bool((live.get("data") or {}).get("token"))
+        if kind == "ResourceQuota":
+            return status.get("hard") == spec.get("hard")
         if kind == "PersistentVolumeClaim":
             return status.get("phase") == "Bound"
         if kind == "PersistentVolume":

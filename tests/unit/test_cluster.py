@@ -128,6 +128,7 @@ def test_every_setting_of_the_cluster_reaches_the_host(register):
             "--cluster-cidr=10.50.0.0/16",
             "--kubelet-arg=max-pods=200",
         ],
+        "audit": None,
         "ports": [
             {"host_port": 8080, "container_port": 80, "bind": "127.0.0.1", "protocol": "tcp"}
         ],

@@ -461,3 +461,22 @@ class TestFiles:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(ROOT) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "collide"),
+    [([], [], True), (["a"], [], True), (["a"], ["a", "b"], True), (["a"], ["b"], False)],
+)
+def test_a_cluster_or_a_namespace_of_it_has_one_argocd(
+    mine: list[str], theirs: list[str], collide: bool
+) -> None:
+    def hub(name: str, subnet: str, namespaces: list[str]) -> Stack:
+        member = {"stack": "organization/homelab/metal", "namespaces": namespaces}
+        argocd = {"repository": "https://example.org/a/b", "clusters": {"metal": member}}
+        cluster = {"network": {"subnet": subnet}}
+        return stack(name, argocd=argocd, cluster=cluster, host={"name": name})
+
+    pair = hub("one", "172.30.0.0/16", mine), hub("two", "172.31.0.0/16", theirs)
+    found = list(collisions(*pair))
+    assert bool(found) == collide
+    assert {key_path(problem.path) for problem in found} <= {"homelab:argocd.clusters.metal"}

@@ -75,8 +75,12 @@ def exported(run_program, monkeypatch):
 
 
 def test_the_facade_reads_each_output_that_a_stack_exports(read, exported):
-    attributes = [name for name in exported() if name != "version"]
+    others = ("version", "serviceAccounts")
+    attributes = [name for name in exported() if name not in others]
     assert read(WHOLE, *attributes) == {name: WHOLE[name] for name in attributes}
+    accounts = {"factory/deployer": "apiVersion: v1"}
+    seen = read({**WHOLE, "serviceAccounts": accounts}, "service_accounts")
+    assert seen == {"service_accounts": accounts}
 
 
 @pytest.mark.parametrize("name", MAY_LACK)

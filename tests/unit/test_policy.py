@@ -379,5 +379,26 @@ def test_a_namespace_says_its_pod_security_and_that_is_only_advice() -> None:
 
 def test_every_guard_is_in_the_pack_under_a_name_of_its_own() -> None:
     names = [policy.name for policy in rules.POLICIES]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)+", name) for name in names)
+
+
+class TestGrants:
+    @pytest.mark.parametrize("kind", ["RoleBinding", "ClusterRoleBinding"])
+    @pytest.mark.parametrize(
+        ("role", "subject", "count"),
+        [
+            ("cluster-admin", "system:unauthenticated", 1),
+            ("view", "system:anonymous", 1),
+            ("view", "system:masters", 1),
+            ("edit", "system:serviceaccounts", 1),
+            ("view", "system:authenticated", 0),
+            ("cluster-admin", "operators", 0),
+        ],
+    )
+    def test_a_role_is_given_to_someone_who_has_logged_in(
+        self, kind: str, role: str, subject: str, count: int
+    ) -> None:
+        props = {"roleRef": {"name": role}, "subjects": [{"kind": "Group", "name": subject}]}
+        of = f"kubernetes:rbac.authorization.k8s.io/v1:{kind}"
+        assert len(violations(rules.grants_are_to_someone, of, props)) == count

@@ -738,6 +738,7 @@ def test_a_thousand_routes_are_validated_in_under_300_ms_of_cpu() -> None:
 def test_secrets_are_the_only_leaves_that_hide_their_value() -> None:
     secret = {path for path, (annotation, _) in RULES.items() if annotation is SecretStr}
     assert secret == {
+        "settings.argocd.clusters.kubeconfig",
         "settings.cluster.kubeconfig.content",
         "settings.cluster.snapshots.s3.access_key",
         "settings.cluster.snapshots.s3.secret_key",
