@@ -41,16 +41,17 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
-secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
-ingress = None
-if stack.network.metallb:
+namespaces = ingress = argocd = None
+if cluster:
+    namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+    secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+    if stack.argocd and revision:
+        bootstrap = ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets])
+        argocd = ArgoCD(name, bootstrap)
+if cluster and stack.network.metallb:
     metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))
     if stack.network.traefik:
         ingress = Traefik(name, TraefikArgs(stack.network.traefik, cluster, after=[metallb]))
-argocd = None
-if stack.argocd and revision:
-    argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
     # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
@@ -58,11 +59,10 @@ if stack.tunnels and stack.cloudflare:
 
     account = cloudflare_provider(stack.cloudflare)
     for key, tunnel in stack.tunnels.items():
-        args = CloudflareTunnelArgs(
-            stack.cloudflare, tunnel, account, engine, cluster, [namespaces]
-        )
+        after = [namespaces] if namespaces else []
+        args = CloudflareTunnelArgs(stack.cloudflare, tunnel, account, engine, cluster, after, host)
         tunnels[key] = CloudflareTunnel(key, args)
-if stack.tailscale and stack.tailscale.operator:
+if namespaces and cluster and stack.tailscale and stack.tailscale.operator:
     operator = TailscaleOperatorArgs(stack.tailscale.operator, cluster, after=[namespaces])
     TailscaleOperator(name, operator)
 
@@ -70,7 +70,7 @@ homelab.export(
     cluster=declared.output,
     acceptance=declared.acceptance,
     kubeconfig=declared.kubeconfig,
-    namespaces=namespaces.names,
+    namespaces=namespaces.names if namespaces else [],
     ingress=ingress and ingress.address,
     argocd=argocd and argocd.output,
     tunnels={key: made.output for key, made in tunnels.items()},

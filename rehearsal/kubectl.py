@@ -219,6 +219,7 @@ class Kubectl:
 
 _GET = {
     "--namespace",
+    "--all-namespaces",
     "--output",
     "--ignore-not-found",
     "--show-managed-fields",

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """A cluster, its output for consumers, its kubeconfig as text, which is secret, and how its
-    acceptance went where its kind has one.
+    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, and
+    how its acceptance went where its kind has one.
     """
 
-    cluster: Cluster
-    output: pulumi.Output[homelab.Cluster]
-    kubeconfig: pulumi.Output[str]
+    cluster: Cluster | None = None
+    output: pulumi.Output[homelab.Cluster] | None = None
+    kubeconfig: pulumi.Output[str] | None = None
     acceptance: pulumi.Output[homelab.Acceptance] | None = None
 
 
@@ -48,7 +48,26 @@ def read(stack: settings.Settings, connection: Connection) -> Kind:
     if isinstance(stack.cluster, settings.ExistingCluster):
         live = LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, live)
-    return _K3d(stack, stack.cluster, connection)
+    return _K3d(stack, stack.cluster, connection) if stack.has_cluster else _Off(stack.cluster)
+
+
+class _Off:
+    """A cluster that the settings describe and do not want yet, or no longer."""
+
+    answers = False
+    kubeconfig = None
+
+    def __init__(self, cluster: settings.K3dCluster) -> None:
+        self._name = cluster.name
+
+    def announce(self) -> None:
+        pulumi.log.info(
+            f"cluster {self._name} is off (homelab:cluster.enabled): neither it nor what would live"
+            " in it is declared"
+        )
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        return Declared()
 
 
 class _K3d:

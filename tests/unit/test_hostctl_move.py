@@ -11,8 +11,7 @@ import pytest
 
 from hostctl.record import read_record
 from rehearsal.apiserver import ApiServer
-from rehearsal.core import World
-from tests.unit.test_hostctl import NODE, SPEC, Host, Killed
+from tests.unit.test_hostctl import SPEC, Host, Killed
 
 CONNECTOR = {"namespace": "factory", "deployment": "cloudflared-factory"}
 STORAGE = "/srv/k3d/storage"
@@ -21,14 +20,22 @@ THERE = SPEC | {
     "api": {"bind": "127.0.0.1", "port": 6444},
     "moved_from": "p510",
 }
-VERBS = ("freeze", "receive", "import", "verify", "cutover")
 
 
 class Pair:
     """p510 with a cluster that serves, and p620 with nothing."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, of: "Pair | None" = None) -> None:
+        """``of`` is copied, as it is now."""
+        self.root = root
+        if of:
+            shutil.copytree(of.root, root, symlinks=True)
+            (root / "p620/world/kubernetes").unlink()
         self.old, self.new = Host(root / "p510"), Host(root / "p620")
+        self.packed: dict[str, Any] = of.packed if of else {}
+        if of:
+            (root / "p620/world/kubernetes").symlink_to(root / "p510/world/kubernetes")
+            return
         self.new.machine.set("seed", "p620")
         self.old.up()
         self.old.machine.write_atomic(f"{SPEC['storage_dir']}/marker", b"of a volume", 0o600)
@@ -51,7 +58,6 @@ class Pair:
             },
             "pulumi",
         )
-        self.packed: dict[str, Any] = {}
 
     @property
     def api(self) -> ApiServer:
@@ -61,9 +67,7 @@ class Pair:
     def serving(self) -> int:
         """How many connectors the cluster is to have, wherever it runs."""
         metadata = {"name": CONNECTOR["deployment"], "namespace": "factory"}
-        found = self.api.get(
-            {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata}
-        )
+        found = self.api.get({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata})
         return found["spec"]["replicas"]
 
     def request(self) -> dict[str, Any]:
@@ -328,14 +332,12 @@ def test_a_move_that_is_killed_anywhere_is_finished_by_running_it_again(tmp_path
             lambda pair: pair.new("move cutover", {"name": "factory"}),
         ),
     ]
-    kills = 0
+    kills, before = 0, Pair(tmp_path / "pair")
+    identity = before.old.inspect()["identity"]
     for place, (name, host, act) in enumerate(steps):
         number = 1
         while True:
-            pair = Pair(tmp_path / f"{name}-{number}")
-            identity = pair.old.inspect()["identity"]
-            for _, _, before in steps[:place]:
-                before(pair)
+            pair = Pair(tmp_path / f"{name}-{number}", before)
             killed = killed_at_call(host(pair), number, lambda act=act, pair=pair: act(pair))
             for _, _, again in steps[place if killed else place + 1 :]:
                 again(pair)
@@ -349,21 +351,21 @@ def test_a_move_that_is_killed_anywhere_is_finished_by_running_it_again(tmp_path
                 break
             number += 1
             kills += 1
+        act(before)
     assert kills > 40
 
 
 def test_a_way_back_that_is_killed_anywhere_is_finished_by_running_it_again(
     tmp_path: Path,
 ) -> None:
+    before = Pair(tmp_path / "pair")
+    before.bring()
+    before.up()
+    before.new("move cutover", {"name": "factory"})
     for verb in ("withdraw", "back"):
         number = 1
         while True:
-            pair = Pair(tmp_path / f"{verb}-{number}")
-            pair.bring()
-            pair.up()
-            pair.new("move cutover", {"name": "factory"})
-            if verb == "back":
-                pair.new("move withdraw", {"name": "factory"})
+            pair = Pair(tmp_path / f"{verb}-{number}", before)
             host = pair.new if verb == "withdraw" else pair.old
             spec = {"name": "factory", **({"confirm": "factory"} if verb == "back" else {})}
             killed = killed_at_call(
@@ -380,6 +382,4 @@ def test_a_way_back_that_is_killed_anywhere_is_finished_by_running_it_again(
             if not killed:
                 break
             number += 1
-
-
-__all__ = ["NODE", "World"]
+        before.new("move withdraw", {"name": "factory"})
