@@ -1,5 +1,6 @@
-"""The move of p510's cluster to p620 (incident 16) under the real engine: two stacks of one project,
-two make-believe hosts, one Cloudflare."""
+"""The move of p510's cluster to p620 (incident 16) under the real engine: two stacks of one
+project, two make-believe hosts, one Cloudflare.
+"""
 
 import json
 import shutil
