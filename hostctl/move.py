@@ -93,13 +93,13 @@ def move_freeze(machine: Machine, spec: dict[str, Any]) -> Result:
             move = _begin(machine, name, move, step)
         if move["step"] == "connectors":
             move["connectors"] = _stop_connectors(machine, name, move, wanted["connectors"], step)
-            _to(machine, name, move, "stopping")
+            _advance(machine, name, move, "stopping")
         if move["step"] == "stopping":
             stop(machine, look(machine, name))
-            _to(machine, name, move, "packing")
+            _advance(machine, name, move, "packing")
         if move["step"] == "packing":
             move["files"] = _pack(machine, name, move)
-            _to(machine, name, move, "frozen")
+            _advance(machine, name, move, "frozen")
         return {key: move[key] for key in ("nonce", "identity", "directory", "files")}
 
 
@@ -144,7 +144,7 @@ def _begin(
     return move
 
 
-def _to(machine: Machine, name: str, move: dict[str, Any], step: str) -> None:
+def _advance(machine: Machine, name: str, move: dict[str, Any], step: str) -> None:
     move.update(step=step, at=utc(machine.now()))
     write_record(machine, name, move=move)
     say(f"the move of {name}: {step}")
@@ -155,21 +155,21 @@ def _stop_connectors(
 ) -> list[dict[str, Any]]:
     """Takes the cluster off its tunnels, so that the moved one is verified before it serves. How
     many pods each had is recorded before the first is scaled."""
-    cluster = _ready(machine, name)
+    cluster = _brought_up(machine, name)
     held = move["connectors"]
     if held is None:
         held = []
         for one in wanted:
-            found = _deployment(machine, cluster, one, step)
+            found = _connector_of(machine, cluster, one, step)
             if found:
                 held.append({**one, "replicas": found["spec"].get("replicas", 1)})
         write_record(machine, name, move={**move, "connectors": held})
     for one in held:
-        _scale(machine, cluster, one, 0, step)
+        _scale_connector(machine, cluster, one, 0, step)
     return held
 
 
-def _ready(machine: Machine, name: str) -> Cluster:
+def _brought_up(machine: Machine, name: str) -> Cluster:
     """The cluster, started where it is stopped and answering."""
     cluster = present_cluster(machine, name, "moving")
     applied = read_record(machine, name).get("applied") or {}
@@ -186,7 +186,7 @@ def _in_node(cluster: Cluster, *words: str) -> list[str]:
     return ["docker", "exec", cluster.first.name, "kubectl", *words]
 
 
-def _deployment(
+def _connector_of(
     machine: Machine, cluster: Cluster, one: Mapping[str, Any], step: str
 ) -> dict[str, Any]:
     title = f"deployments.apps/{one['deployment']}"
@@ -195,7 +195,7 @@ def _deployment(
     return parse_json(seen.out, step) if seen.out.strip() else {}
 
 
-def _scale(
+def _scale_connector(
     machine: Machine, cluster: Cluster, one: Mapping[str, Any], replicas: int, step: str
 ) -> None:
     """Gives a connector so many pods, and waits until it has them, ready."""
@@ -204,7 +204,7 @@ def _scale(
     run_tool(machine, [*argv, f"--replicas={replicas}"], step, "failed")
     counted = "readyReplicas" if replicas else "replicas"
     for _ in range(60):
-        status = _deployment(machine, cluster, one, step).get("status") or {}
+        status = _connector_of(machine, cluster, one, step).get("status") or {}
         if status.get(counted, 0) == replicas:
             return
         say(f"{step}: waiting for {one['namespace']}/{one['deployment']} to have {replicas} pod(s)")
@@ -272,9 +272,9 @@ def move_back(machine: Machine, spec: dict[str, Any]) -> Result:
                 f"on the other host `hostctl move withdraw {name}`, then here `hostctl move back "
                 f"{name} --confirm {name}`; what was written there since is not here",
             )  # fmt: skip
-        cluster = _ready(machine, name)
+        cluster = _brought_up(machine, name)
         for one in move["connectors"] or []:
-            _scale(machine, cluster, one, one["replicas"], step)
+            _scale_connector(machine, cluster, one, one["replicas"], step)
         write_record(machine, name, move=None)
     return {"back": True}
 
@@ -292,7 +292,7 @@ def move_release(machine: Machine, spec: dict[str, Any]) -> Result:
         if wanted["confirm"] != name:
             remedy = f"when it serves elsewhere: hostctl move release {name} --confirm {name}"
             raise Failure("refused", step, "its name is not confirmed", remedy)
-        _to(machine, name, move, "released")
+        _advance(machine, name, move, "released")
         if look(machine, name).state != "absent":
             delete(machine, name)
     return {"kept": move["directory"]}
@@ -388,7 +388,7 @@ def move_import(machine: Machine, spec: dict[str, Any]) -> Result:
             write_record(machine, name, move=move)
         if move["step"] == "volumes":
             _unpack_volumes(machine, move, step)
-            _to(machine, name, move, "datastore")
+            _advance(machine, name, move, "datastore")
         if move["step"] == "datastore":
             machine.make_directory(os.path.dirname(data), 0o700, "root", "root")
             if machine.is_empty(data):
@@ -397,7 +397,7 @@ def move_import(machine: Machine, spec: dict[str, Any]) -> Result:
             content = json.loads(machine.read(f"{directory}/cluster.json"))
             kept = {key: content[key] for key in ("identity", "incarnation", "argocd")}
             write_record(machine, name, **kept)
-            _to(machine, name, move, "imported")
+            _advance(machine, name, move, "imported")
     return {"step": move["step"], "identity": move["identity"]}
 
 
@@ -515,9 +515,9 @@ def move_cutover(machine: Machine, spec: dict[str, Any]) -> Result:
         result = _verified(machine, name, move)
         cluster = look(machine, name)
         for one in move["connectors"] or []:
-            _scale(machine, cluster, one, one["replicas"], step)
+            _scale_connector(machine, cluster, one, one["replicas"], step)
         if move["step"] != "open":
-            _to(machine, name, move, "open")
+            _advance(machine, name, move, "open")
     return result
 
 
@@ -531,7 +531,7 @@ def move_withdraw(machine: Machine, spec: dict[str, Any]) -> Result:
         if move.get("role") != "to":
             return {"withdrawn": False, "kept": []}
         if move["step"] != "withdrawn":
-            _to(machine, name, move, "withdrawing")
+            _advance(machine, name, move, "withdrawing")
             cluster = look(machine, name)
             if cluster.state != "absent":
                 stop(machine, cluster)
@@ -544,7 +544,7 @@ def move_withdraw(machine: Machine, spec: dict[str, Any]) -> Result:
                 machine.remove(path)
             # The next to come here is another making, whatever its identity.
             write_record(machine, name, identity=None, argocd=None)
-            _to(machine, name, move, "withdrawn")
+            _advance(machine, name, move, "withdrawn")
         for path in (move["storage_dir"], move["data"]):
             aside = f"{path}.withdrawn-{move['nonce']}"
             kept += [aside] if machine.exists(aside) else []

@@ -40,9 +40,28 @@ class P620(Rehearsal):
         for shared in ("cloudflare", "kubernetes"):
             (self.world / shared).symlink_to(p510.world / shared)
         (self.world / "machine" / "seed").write_text('"p620"')
+        self._copy_secret_files(p510)
         (directory / "project").symlink_to(p510.directory / "project")
         backend = {"PULUMI_BACKEND_URL": f"file://{p510.directory / 'state'}"}
         super().__init__(directory, "p620", self.settings, environment=backend)
+
+    def _copy_secret_files(self, p510: P510) -> None:
+        """agenix decrypts the same files on both hosts."""
+        old, new = (RehearsalMachine(world / "machine") for world in (p510.world, self.world))
+        requests = [
+            {"namespace": namespace, "name": name, "as": "manifest", "path": secret["manifest"]}
+            | {"type": secret.get("type", "Opaque")}
+            for namespace, secrets in p510.settings["secrets"].items()
+            for name, secret in secrets.items()
+        ]
+        key = {"namespace": "", "name": "", "as": "value", "type": "Opaque"}
+        file = p510.settings["tailscale"]["authKey"]["file"]
+        requests.append({**key, "path": file, "keys": ["TS_AUTHKEY"]})
+        for request in requests:
+            content = old.missing_file({"keys": [], "optional": False, **request})
+            assert content is not None
+            new.make_directory("/run/agenix", 0o755)
+            new.write_atomic(request["path"], content, 0o400)
 
     def enable(self, enabled: bool) -> None:
         self.settings["cluster"]["enabled"] = enabled
@@ -86,6 +105,25 @@ class Hosts:
             settings["cluster"]["enabled"] = not enabled
         self.p620.enable(enabled)
 
+    def unprotect(self, stack: Rehearsal) -> None:
+        """Of the stack whose cluster is off: what a file of it can no longer free."""
+        urns = [
+            one["urn"]
+            for one in stack.resources()
+            if one.get("protect") and not one["urn"].endswith("::p510")
+        ]
+        pulumi(stack, "state", "unprotect", f"--stack={stack.stack}", *urns)
+
+    def connectors(self) -> int:
+        """How many connectors the cluster is to have."""
+        (file,) = (self.p510.world / "kubernetes").rglob("Deployment.apps/cloudflared-factory.json")
+        return json.loads(file.read_text())["spec"]["replicas"]
+
+    def objects(self) -> set[str]:
+        """Name and uid of all that lives in the cluster."""
+        files = (self.p510.world / "kubernetes").rglob("*.json")
+        return {f"{one}: {json.loads(one.read_text())['metadata']['uid']}" for one in files}
+
     def cloudflare(self) -> dict[str, Any]:
         """All that is at Cloudflare, with its ids."""
         files = (self.p510.world / "cloudflare").rglob("*.json")
@@ -123,18 +161,79 @@ def test_incident_16_the_whole_move_recreates_nothing_of_the_cluster_or_at_cloud
     p510, p620 = hosts.p510, hosts.p620
     identity = p510.outputs()["cluster"]["identity"]
     assert {"create Host p620", "create Command hostctl"} <= planned(p620.up())
+    before, objects = hosts.cloudflare(), hosts.objects()
+    hosts.bring()
+    # Frozen: neither of its verbs by which a stack begins does anything there.
+    assert "frozen on this host" in p510.preview(check=False).stdout
+    hosts.move_state(p510, p620)
+    hosts.switch(True)
+
+    preview = p620.preview()
+    assert f"up brings it up as {identity}" in preview.stdout
+    assert not {step for step in planned(preview) if step.startswith(("replace", "create-repl"))}
+    up = p620.up()
+    assert errors(up) == []
+    assert planned(up) == {
+        *(f"create Command {name}" for name in ("cluster", "identity", "kubeconfig", "units")),
+        *("create Command acceptance", "create Network network", "create docker docker"),
+        *("create K3dCluster factory", "create Kubeconfig factory", "create Units factory"),
+        # The same provider below a component that now is p620's.
+        *("create kubernetes kubernetes", "delete kubernetes kubernetes"),
+    }
+    assert p620.outputs()["cluster"]["identity"] == identity
+    assert p620.up("--expect-no-changes").changes == {}
+    assert hosts.connectors() == 0
+    hosts.new("move cutover", {"name": "factory"})
+    assert hosts.connectors() == 2
+    assert hosts.cloudflare() == before
+    assert hosts.objects() == objects
+    assert p620.up("--expect-no-changes").changes == {}
+    assert planned(p620.preview("--refresh")) == set()
+
+    # The old host is released: of its stack stays what never moved, its own tunnel.
+    hosts.old("move release", {"name": "factory", "confirm": "factory"})
+    hosts.unprotect(p510)
+    p510.up()
+    assert {one["type"].rpartition(":")[2] for one in p510.resources()} >= {"Container"}
+    assert not any("k3d" in one["urn"].lower() for one in p510.resources())
+    assert p510.up("--expect-no-changes").changes == {}
+    assert hosts.cloudflare() == before
+
+
+def test_the_way_back_gives_routes_and_state_back_and_recreates_nothing(hosts):
+    p510, p620 = hosts.p510, hosts.p620
+    identity = p510.outputs()["cluster"]["identity"]
+    p620.up()
     before = hosts.cloudflare()
     hosts.bring()
     hosts.move_state(p510, p620)
     hosts.switch(True)
-    preview = p620.preview()
-    print("\n".join(sorted(planned(preview))))
-    print(preview.stdout[-6000:])
-    up = p620.up()
-    print("\n".join(sorted(planned(up))))
-    assert p620.outputs()["cluster"]["identity"] == identity
-    assert hosts.cloudflare() == before
-    assert p620.up("--expect-no-changes").changes == {}
+    p620.up()
     hosts.new("move cutover", {"name": "factory"})
-    assert p620.up("--expect-no-changes").changes == {}
-    assert errors(up) == []
+
+    hosts.new("move withdraw", {"name": "factory"})
+    hosts.old("move back", {"name": "factory", "confirm": "factory"})
+    hosts.move_state(p620, p510)
+    hosts.switch(False)
+    assert errors(p510.up()) == []
+    assert p510.up("--expect-no-changes").changes == {}
+    assert p510.outputs()["cluster"]["identity"] == identity
+    assert hosts.connectors() == 2
+    hosts.unprotect(p620)
+    p620.up()
+    assert hosts.cloudflare() == before
+    assert {one["type"].rpartition(":")[2] for one in p620.resources()} == {"Host", "Command"}
+
+
+def test_no_empty_cluster_takes_the_place_of_one_that_was_not_moved(hosts):
+    hosts.switch(True)
+    refused = hosts.p620.preview(check=False)
+    assert refused.code != 0
+    assert "it is to come from p510, and nothing was imported here" in refused.stdout
+
+
+def test_a_hostname_is_never_declared_by_both_stacks(hosts):
+    hosts.p620.enable(True)
+    refused = hosts.p620.preview(check=False)
+    assert refused.code != 0
+    assert "is also the hostname in Pulumi.p510.yaml" in refused.stdout
