@@ -108,9 +108,11 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     if move:
         # What its datastore opens with: k3s takes neither another token nor another password of a
         # node that it knows.
-        content["token"] = moved_secrets(machine, name)["token"]
-        password = f"{MOVED_PASSWORD % name}:{PASSWORD_IN_NODE}:ro"
-        content["volumes"].append({"volume": password, "nodeFilters": ["server:0"]})
+        opens = moved_secrets(machine, name)
+        content["token"] = opens["token"]
+        if opens["password"]:
+            password = f"{MOVED_PASSWORD % name}:{PASSWORD_IN_NODE}:ro"
+            content["volumes"].append({"volume": password, "nodeFilters": ["server:0"]})
     machine.write_atomic(config, json.dumps(content, indent=1).encode(), 0o600)
     write_record(machine, name, creating={"nonce": nonce, "at": utc(machine.now())})
     say(f"creating cluster {name} from {spec['image']}")

@@ -44,7 +44,7 @@ from hostctl.spec import (
     or_null,
     text_matching,
 )
-from hostctl.tools import run_tool
+from hostctl.tools import attempt, run_tool
 from hostctl.waiting import present_cluster, stop, wait_ready
 
 _NONCE = text_matching(r"[0-9a-f]{16}", "what `move freeze` said")
@@ -227,10 +227,8 @@ def _pack(machine: Machine, name: str, move: Mapping[str, Any]) -> list[dict[str
     facts = container_facts(machine, cluster.first.facts["Id"], step) or {}
     environment = (facts.get("Config") or {}).get("Env") or []
     tokens = [one.partition("=")[2] for one in environment if one.startswith("K3S_TOKEN=")]
-    argv = ["docker", "cp", f"{cluster.first.name}:{PASSWORD_IN_NODE}", "-"]
-    password = read_tar(run_tool(machine, argv, step, "failed").out)
-    if len(tokens) != 1 or not password:
-        cause = f"{cluster.first.name} has no {'password' if tokens else 'token'} of k3s"
+    if len(tokens) != 1:
+        cause = f"{cluster.first.name} has no token of k3s"
         raise Failure("refused", step, cause, f"hostctl move back {name} --confirm {name}")
     content = {
         "name": name,
@@ -241,7 +239,7 @@ def _pack(machine: Machine, name: str, move: Mapping[str, Any]) -> list[dict[str
         "incarnation": record.get("incarnation"),
         "argocd": record.get("argocd"),
         "token": tokens[0],
-        "password": password,
+        "password": _password_of(machine, cluster, step),
     }
     machine.write_atomic(f"{directory}/cluster.json", json.dumps(content).encode(), 0o600)
     return [
@@ -252,6 +250,15 @@ def _pack(machine: Machine, name: str, move: Mapping[str, Any]) -> list[dict[str
         }
         for file in _FILES
     ]
+
+
+def _password_of(machine: Machine, cluster: Cluster, step: str) -> str | None:
+    """What k3s knows the node by; None for one that has none."""
+    argv = ["docker", "cp", f"{cluster.first.name}:{PASSWORD_IN_NODE}", "-"]
+    ran = attempt(machine, argv, step)
+    if ran.code and "Could not find the file" not in ran.complaint:
+        raise Failure("cannot-tell", step, ran.complaint, "run it again")
+    return read_tar(ran.out) or None
 
 
 def move_back(machine: Machine, spec: dict[str, Any]) -> Result:
@@ -445,7 +452,8 @@ def _keep_secrets(machine: Machine, name: str, directory: str) -> None:
     machine.make_directory(f"{STATE_DIRECTORY}/clusters/{name}", 0o755)
     opens = json.dumps({key: content[key] for key in ("token", "password")})
     machine.write_atomic(MOVED_SECRETS % name, opens.encode(), 0o600)
-    machine.write_atomic(MOVED_PASSWORD % name, content["password"].encode(), 0o600)
+    if content["password"]:
+        machine.write_atomic(MOVED_PASSWORD % name, content["password"].encode(), 0o600)
 
 
 def move_verify(machine: Machine, spec: dict[str, Any]) -> Result:

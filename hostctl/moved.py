@@ -54,6 +54,6 @@ def refuse_from_nothing(spec: Mapping[str, Any], record: Mapping[str, Any]) -> N
         )
 
 
-def moved_secrets(machine: Machine, name: str) -> dict[str, str]:
+def moved_secrets(machine: Machine, name: str) -> dict[str, Any]:
     """Token and node password of the cluster that was imported."""
     return json.loads(machine.read(MOVED_SECRETS % name))

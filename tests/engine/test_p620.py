@@ -225,6 +225,18 @@ def test_the_way_back_gives_routes_and_state_back_and_recreates_nothing(hosts):
     assert {one["type"].rpartition(":")[2] for one in p620.resources()} == {"Host", "Command"}
 
 
+def test_a_stack_whose_cluster_is_off_keeps_hostctl_there_and_nothing_else(hosts):
+    before = hosts.cloudflare()
+    up = hosts.p620.up()
+    assert "cluster factory is off (homelab:cluster.enabled)" in up.stdout
+    assert {one["type"].rpartition(":")[2] for one in hosts.p620.resources()} == {"Host", "Command"}
+    assert hosts.p620.up("--expect-no-changes").changes == {}
+    outputs = hosts.p620.outputs()
+    assert (outputs["namespaces"], outputs["tunnels"], outputs["urls"]) == ([], {}, {})
+    assert hosts.cloudflare() == before
+    assert hosts.new.machine.clusters() == []
+
+
 def test_no_empty_cluster_takes_the_place_of_one_that_was_not_moved(hosts):
     hosts.switch(True)
     refused = hosts.p620.preview(check=False)
