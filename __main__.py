@@ -12,7 +12,7 @@ import homelab
 from components import debug, settings
 from components.argocd import ArgoCD, ArgoCDArgs, Revision
 from components.cluster import kinds
-from components.host import Connection, Host, docker_engine
+from components.host import Connection, Host, docker_engine, together
 from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
 from components.network.traefik import Traefik, TraefikArgs
@@ -26,11 +26,15 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
-live = kinds.read(stack, connection)
-revision = stack.argocd and Revision.read(stack.argocd, name, connection)
-values = read_values(stack.declared_secrets(), stack.host, connection)
+live, revision, values = connection.read(
+    together(
+        kinds.read(stack, connection),
+        Revision.read(stack.argocd, name),
+        read_values(stack.declared_secrets(), stack.host),
+    )
+)
 if live.answers:
-    refuse_two_owners(stack.tunnels, name, connection, live.kubeconfig)
+    connection.read(refuse_two_owners(stack.tunnels, name, live.kubeconfig))
 live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)

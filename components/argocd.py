@@ -10,7 +10,7 @@ import pulumi
 import homelab
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection
+from components.host import Reading, ask
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,17 @@ class Revision:
     commit: str | None
 
     @classmethod
-    def read(cls, argocd: settings.ArgoCD, cluster: str, connection: Connection) -> "Revision":
+    def read(cls, argocd: settings.ArgoCD | None, cluster: str) -> "Reading[Revision | None]":
         """Asks the repository, from the host, for the commit that ``ref`` points to now, and says
-        from what to what a run would move.
+        from what to what a run would move. None without ArgoCD.
 
         A repository that cannot be reached, or has no such ref, is a warning: what is applied stays
         and the cluster stays up. Raises HostError when git or kubectl is missing on the host or too
         old.
         """
-        answer = connection.read(
+        if argocd is None:
+            return None
+        answer = yield from ask(
             ["argocd", "resolve"],
             {
                 "cluster": cluster,

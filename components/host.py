@@ -13,8 +13,8 @@ two ways:
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import pulumi
 from pulumi_command import local
@@ -25,18 +25,61 @@ from hostctl import program
 if TYPE_CHECKING:
     import pulumi_docker as docker
 
-# `python3 -c` gets the program on stdin together with its spec, so neither is ever an argument that
-# `ps` shows.
+# `python3 -c` gets the program on stdin together with what is asked, so neither is ever an argument
+# that `ps` shows. Each answer is a line.
 _BOOT = (
     'import io,json,sys;r=json.load(sys.stdin);g={"__name__":"hostctl"};'
     'exec(compile(r["program"],"hostctl","exec"),g);'
-    'sys.exit(g["main"](sys.argv[1:],io.StringIO(json.dumps(r["spec"]))))'
+    '[g["main"]([*v,"--exit-zero"],io.StringIO(json.dumps(s)))for v,s in r["questions"]]'
 )
 _INSTALL = (
     "import os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);os.makedirs(d,exist_ok=True);"
     "f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
     'o=os.fdopen(f,"w");o.write(sys.stdin.read());o.flush();os.fsync(f);o.close();os.replace(t,p)'
 )
+
+
+Question = tuple[Sequence[str], Mapping[str, Any]]
+"""A verb of hostctl that only looks, and its spec."""
+
+T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
+Reading = Generator[list[Question], list[dict[str, Any]], T]
+"""Something read from a host: it yields questions, is sent their results, and returns what it made
+of them. :func:`together` asks the questions of several at once, so that a preview calls a distant
+host twice and not once a question.
+"""
+
+
+def ask(verb: Sequence[str], spec: Mapping[str, Any]) -> Reading[dict[str, Any]]:
+    """Reads the result of one verb."""
+    [result] = yield [(verb, spec)]
+    return result
+
+
+@overload
+def together(a: Reading[A], b: Reading[B], /) -> Reading[tuple[A, B]]: ...
+@overload
+def together(a: Reading[A], b: Reading[B], c: Reading[C], /) -> Reading[tuple[A, B, C]]: ...
+def together(*readings: Reading[Any]) -> Reading[tuple[Any, ...]]:
+    """Reads what each of them reads. What they ask in the same round is asked in one call."""
+    read: dict[int, Any] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(readings)))
+    while True:
+        questions: dict[int, list[Question]] = {}
+        for index, answer in answers.items():
+            try:
+                questions[index] = readings[index].send(answer)
+            except StopIteration as end:
+                read[index] = end.value
+        if not questions:
+            return tuple(read[index] for index in range(len(readings)))
+        results = yield [question for asked in questions.values() for question in asked]
+        remaining = iter(results)
+        answers = {index: [next(remaining) for _ in asked] for index, asked in questions.items()}
 
 
 class HostError(pulumi.RunError):
@@ -84,17 +127,27 @@ class Connection:
         """The shell line that installs hostctl from its stdin, atomically and executable."""
         return self.line("python3", "-c", _INSTALL, self._host.hostctl)
 
-    def read(self, verb: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a verb that only looks, now, and returns its result.
+    def read(self, reading: Reading[T]) -> T:
+        """Asks the host now, one call a round of questions.
 
         Raises :class:`HostError` when the host cannot be reached, cannot tell, or refuses; the
         caller has registered nothing yet.
         """
-        step = f"hostctl {' '.join(verb)} on {self.name}"
+        answers = None
+        while True:
+            try:
+                questions = reading.send(answers)  # pyright: ignore[reportArgumentType]
+            except StopIteration as end:
+                return end.value
+            answers = self.answers(questions) if questions else []
+
+    def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The results in order, of one call. Raises :class:`HostError` with all refusals."""
+        step = f"hostctl {', '.join(' '.join(verb) for verb, _ in questions)} on {self.name}"
         try:
             answer = local.run(
-                command=self.line("python3", "-c", _BOOT, *verb, "--exit-zero"),
-                stdin=json.dumps({"program": self._program, "spec": spec}),
+                command=self.line("python3", "-c", _BOOT),
+                stdin=json.dumps({"program": self._program, "questions": questions}),
                 logging=local.Logging.NONE,
                 add_previous_output_in_env=False,
             )
@@ -102,17 +155,23 @@ class Connection:
             cause = _last_line(str(failure))
             raise _error(f"{step} did not run", cause, self._unreachable_remedy()) from None
         try:
-            result = json.loads(answer.stdout)
+            results = [json.loads(line) for line in answer.stdout.splitlines()]
         except ValueError:
+            results = []
+        if len(results) != len(questions):
             raise _error(
                 f"{step} printed no JSON result",
                 _last_line(answer.stderr) or "no output",
                 "run the verb by hand on the host and read what it prints",
-            ) from None
-        if result["ok"]:
-            return result
-        error = result["error"]
-        raise _error(f"{error['step']} on {self.name} failed", error["cause"], error["remedy"])
+            )
+        refusals = [
+            f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n"
+            f"  Remedy: {error['remedy']}"
+            for error in (result["error"] for result in results if not result["ok"])
+        ]
+        if refusals:
+            raise HostError("\n".join(dict.fromkeys(refusals)))
+        return results
 
     @property
     def ssh_options(self) -> list[str]:
@@ -152,6 +211,11 @@ class Connection:
             f"check that `{shlex.join(self._ssh())} python3 --version` works without a question: "
             "address, key, known host key and python3 (3.9 or newer) on the host (homelab:host)."
         )
+
+
+def this_machine() -> Connection:
+    """The machine that runs Pulumi."""
+    return Connection(settings.Host())
 
 
 class Host(pulumi.ComponentResource):

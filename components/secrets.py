@@ -17,7 +17,7 @@ import yaml
 
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, HostError, result
+from components.host import HostError, Reading, ask, result, this_machine
 from components.namespaces import Namespaces
 
 # The key under which Tailscale's containers look; what is in the file may be something else (004:
@@ -51,9 +51,8 @@ class SecretValue:
 def read_values(
     declared: Sequence[settings.DeclaredSecret],
     host: settings.Host,
-    connection: Connection,
-) -> list[SecretValue]:
-    """The values of all declared Secrets, read now and on the machine that the settings name.
+) -> Reading[list[SecretValue]]:
+    """The values of all declared Secrets, read on the machine that the settings name.
 
     An optional Secret whose file is missing is left out with a warning. Raises HostError with all
     problems at once: a file that is missing, unreadable, or not what the declaration says it is.
@@ -68,7 +67,7 @@ def read_values(
             for request in _requests(secret)
         ]
         if requests:
-            contents |= _read_files(requests, machine, connection)
+            contents |= yield from _read_files(requests, machine)
 
     values: list[SecretValue] = []
     problems: list[str] = []
@@ -118,14 +117,15 @@ def _requests(secret: settings.DeclaredSecret) -> list[dict[str, Any]]:
 
 
 def _read_files(
-    requests: list[dict[str, Any]], machine: str, connection: Connection
-) -> dict[tuple[str, str], dict[str, Any]]:
-    reader = connection if machine == "host" else Connection(settings.Host())
+    requests: list[dict[str, Any]], machine: str
+) -> Reading[dict[tuple[str, str], dict[str, Any]]]:
     unique = {request["path"]: request for request in requests}
-    answer = reader.read(["files", "read"], {"files": list(unique.values())})
+    reading = ask(["files", "read"], {"files": list(unique.values())})
+    answer = (yield from reading) if machine == "host" else this_machine().read(reading)
     if answer["made_up"]:
+        owner = "the host" if machine == "host" else "this machine"
         pulumi.log.warn(
-            f"rehearsal: made up values for {len(answer['made_up'])} files that {reader.name}"
+            f"rehearsal: made up values for {len(answer['made_up'])} files that {owner}"
             " does not have"
         )
     return {(machine, path): seen for path, seen in answer["files"].items()}

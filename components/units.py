@@ -7,7 +7,7 @@ from typing import Any
 import pulumi
 
 from components import settings
-from components.host import Connection, Host, result
+from components.host import Host, Reading, ask, result
 
 # What the start may take beside the wait for the API: the bind address, and starting containers.
 _SLACK_SECONDS = 900
@@ -26,9 +26,9 @@ class LiveUnits:
     unseen: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, stack: settings.Settings, connection: Connection) -> "LiveUnits":
+    def read(cls, stack: settings.Settings) -> "Reading[LiveUnits]":
         """Asks the host. Raises HostError when the host has no init that hostctl knows."""
-        seen = connection.read(["units", "status"], units_spec(stack))
+        seen = yield from ask(["units", "status"], units_spec(stack))
         return cls(
             init=seen["init"],
             generation=seen["generation"],

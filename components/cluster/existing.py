@@ -17,7 +17,7 @@ import yaml
 import homelab
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, Host, HostError
+from components.host import Connection, Host, HostError, Reading, ask, this_machine
 from components.settings.network import Span
 
 
@@ -42,12 +42,12 @@ class LiveExisting:
         cluster: settings.ExistingCluster,
         network: settings.Network,
         connection: Connection,
-    ) -> "LiveExisting":
+    ) -> "Reading[LiveExisting]":
         """Raises HostError when the kubeconfig cannot be had or used, when it leads to another
         cluster than the declared one, when it cannot be told whether the cluster answers, when the
         live nodes contradict the settings, and in an up when the cluster does not answer.
         """
-        text, server, ca = _cut_down(cluster, _source(cluster, connection))
+        text, server, ca = _cut_down(cluster, (yield from _source(cluster, connection)))
         identity = f"{cluster.name}-{hashlib.sha256(ca).hexdigest()[:16]}"
         if cluster.identity not in (None, identity):
             raise HostError(
@@ -57,7 +57,7 @@ class LiveExisting:
                 " the former one is forgotten by `pulumi state delete --target-dependents"
                 " <URN of the provider kubernetes>`; then write the new identity."
             )
-        seen = connection.read(["cluster", "inspect"], {"name": cluster.name, "kubeconfig": text})
+        seen = yield from ask(["cluster", "inspect"], {"name": cluster.name, "kubeconfig": text})
         live = cls(seen["state"], seen["detail"], identity, server, text, seen["nodes"])
         if live.state == "unreachable" and not pulumi.runtime.is_dry_run():
             raise HostError(
@@ -133,16 +133,17 @@ class LiveExisting:
                 )
 
 
-def _source(cluster: settings.ExistingCluster, connection: Connection) -> str:
+def _source(cluster: settings.ExistingCluster, connection: Connection) -> Reading[str]:
     """The kubeconfig as it was given."""
     source = cluster.kubeconfig
     if source.content is not None:
         return source.content.get_secret_value()
-    reader = connection if source.read_on == "host" else Connection(settings.Host())
     path = str(source.file)
     request = {"path": path, "as": "value", "namespace": "kube-system", "name": "kubeconfig"}
     # An optional one, so that a rehearsal does not make up a value for it.
-    seen = reader.read(["files", "read"], {"files": [{**request, "optional": True}]})
+    reading = ask(["files", "read"], {"files": [{**request, "optional": True}]})
+    reader = connection if source.read_on == "host" else this_machine()
+    seen = (yield from reading) if reader is connection else reader.read(reading)
     found = seen["files"][path]
     if found["state"] != "present":
         raise HostError(

@@ -11,7 +11,7 @@ from pulumi_command import local
 
 import homelab
 from components import settings
-from components.host import Connection, Host, HostError, result
+from components.host import Host, HostError, Reading, ask, result
 
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
 # wait for the API.
@@ -48,15 +48,15 @@ class LiveCluster:
 
     @classmethod
     def read(
-        cls, cluster: settings.K3dCluster, connection: Connection, *, installs_k3d: bool = False
-    ) -> "LiveCluster":
+        cls, cluster: settings.K3dCluster, *, installs_k3d: bool = False
+    ) -> "Reading[LiveCluster]":
         """Asks the host. Raises HostError when it cannot tell (Docker not answering, half a
         cluster, another maker's cluster), or when a difference cannot be applied to the live
         cluster and no recreate is confirmed (incident 6). ``installs_k3d``: up installs it before
         it is needed.
         """
         spec = {**cluster_spec(cluster), "installs_k3d": installs_k3d}
-        seen = connection.read(["k3d", "inspect"], spec)["cluster"]
+        seen = (yield from ask(["k3d", "inspect"], spec))["cluster"]
         live = cls(
             state=seen["state"],
             identity=seen["identity"],
@@ -68,11 +68,11 @@ class LiveCluster:
             differences=seen["differences"],
             unseen=seen["unseen"],
             warnings=seen["warnings"],
-            kubeconfig=_rotated_kubeconfig(cluster, connection, seen),
+            kubeconfig=(yield from _rotated_kubeconfig(cluster, seen)),
         )
         live.refuse_fixed_differences(cluster)
         if cluster.image_files:
-            seen = connection.read(["images", "digest"], {"files": list(cluster.image_files)})
+            seen = yield from ask(["images", "digest"], {"files": list(cluster.image_files)})
             live = replace(live, image_files=seen["files"])
         return live
 
@@ -175,8 +175,8 @@ def cluster_spec(cluster: settings.K3dCluster) -> dict[str, Any]:
 
 
 def _rotated_kubeconfig(
-    cluster: settings.K3dCluster, connection: Connection, seen: Mapping[str, Any]
-) -> str | None:
+    cluster: settings.K3dCluster, seen: Mapping[str, Any]
+) -> Reading[str | None]:
     """Only where a preview needs it: the key of the cluster's administrator travels no more often
     than it must. Up takes it from the command that writes the file.
     """
@@ -185,7 +185,7 @@ def _rotated_kubeconfig(
     if seen["differences"] or not seen["kubeconfig_behind"]:
         return None
     spec = {"name": cluster.name, "server": server_url(cluster)}
-    return connection.read(["k3d", "kubeconfig"], spec)["kubeconfig"]
+    return (yield from ask(["k3d", "kubeconfig"], spec))["kubeconfig"]
 
 
 @dataclass(frozen=True)

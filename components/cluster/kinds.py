@@ -9,12 +9,14 @@ import homelab
 from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
-from components.host import Connection, Host
+from components.host import Connection, Host, Reading, together
 from components.storage import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
 
 if TYPE_CHECKING:
     import pulumi_docker as docker
+
+    from components.cluster.k3d import LiveCluster
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,20 @@ class Kind(Protocol):
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared: ...
 
 
-def read(stack: settings.Settings, connection: Connection) -> Kind:
+def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     """Asks for the live cluster. Raises HostError as its kind does."""
     if isinstance(stack.cluster, settings.ExistingCluster):
-        live = LiveExisting.read(stack.cluster, stack.network, connection)
+        live = yield from LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, live)
-    return _K3d(stack, stack.cluster, connection) if stack.has_cluster else _Off(stack.cluster)
+    if not stack.has_cluster:
+        return _Off(stack.cluster)
+    # Not above: Docker's package costs time, and only who has a cluster in it pays.
+    from components.cluster.k3d import LiveCluster
+
+    live, units = yield from together(
+        LiveCluster.read(stack.cluster, installs_k3d=stack.host.k3d.install), LiveUnits.read(stack)
+    )
+    return _K3d(stack, stack.cluster, connection.name, live, units)
 
 
 class _Off:
@@ -74,22 +84,23 @@ class _K3d:
     kubeconfig = None
 
     def __init__(
-        self, stack: settings.Settings, cluster: settings.K3dCluster, connection: Connection
+        self,
+        stack: settings.Settings,
+        cluster: settings.K3dCluster,
+        host: str,
+        live: "LiveCluster",
+        units: LiveUnits,
     ) -> None:
-        # Not above: Docker's package costs time, and only who has a cluster in it pays.
-        from components.cluster.k3d import LiveCluster
-
-        self._stack, self._cluster, self._connection = stack, cluster, connection
-        self._live = LiveCluster.read(cluster, connection, installs_k3d=stack.host.k3d.install)
-        self._units = LiveUnits.read(stack, connection)
+        self._stack, self._cluster, self._host = stack, cluster, host
+        self._live, self._units = live, units
 
     @property
     def answers(self) -> bool:
         return self._live.state == "running"
 
     def announce(self) -> None:
-        self._live.announce(self._cluster, self._connection.name)
-        self._units.announce(self._connection.name)
+        self._live.announce(self._cluster, self._host)
+        self._units.announce(self._host)
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
         from components.cluster.k3d import K3dCluster, K3dClusterArgs

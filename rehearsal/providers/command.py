@@ -16,10 +16,11 @@ import secrets
 import shlex
 import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 from rehearsal.core import (
     REALLY,
@@ -35,6 +36,9 @@ from rehearsal.core import (
     serve,
 )
 from rehearsal.schemas import Problem, Schema
+
+if TYPE_CHECKING:
+    from rehearsal.machine import RehearsalMachine
 
 _VERSION_INPUT = "__pulumi-go-provider-version"
 
@@ -203,7 +207,7 @@ def parse(command: str) -> Call:
     """Read a command line as one of the forms in which hostctl is called.
 
         [ssh OPTION... -- DESTINATION] [sudo -n] PATH VERB...
-        [ssh OPTION... -- DESTINATION] [sudo -n] python3 -c PROGRAM VERB... --exit-zero
+        [ssh OPTION... -- DESTINATION] [sudo -n] python3 -c PROGRAM
         [ssh OPTION... -- DESTINATION] [sudo -n] python3 -c PROGRAM PATH
 
     Raises :class:`Failure` for every other command.
@@ -221,9 +225,9 @@ def parse(command: str) -> Call:
         arguments = rest[2:]
         if len(arguments) == 1 and arguments[0].startswith("/"):
             return Call("install", path=arguments[0])
-        if arguments and arguments[-1] == "--exit-zero":
-            return Call("shipped", arguments=tuple(arguments))
-        _refuse(first, "neither a PATH to install to nor a verb with --exit-zero follows -c")
+        if not arguments:
+            return Call("shipped")
+        _refuse(first, "neither a PATH to install to nor nothing follows the program")
     if first.startswith("/") and first.endswith("/hostctl") and rest:
         return Call("installed", path=first, arguments=tuple(rest))
     _refuse(first)
@@ -272,7 +276,6 @@ _one_at_a_time = threading.Lock()
 
 def _rehearse(command: str, stdin: str, directory: Path) -> Result:
     call = parse(command)
-    from hostctl import cli
     from hostctl.program import text
     from rehearsal.machine import RehearsalMachine
 
@@ -285,21 +288,32 @@ def _rehearse(command: str, stdin: str, directory: Path) -> Result:
             machine.make_directory(os.path.dirname(call.path), 0o755)
             machine.write_atomic(call.path, program.encode(), 0o755)
             return Result("", "")
-        spec = stdin
         if call.how == "installed":
             if not machine.exists(call.path):
                 return Result("", f"/bin/sh: 1: {call.path}: not found\n", 127)
-        else:
-            shipped = json.loads(stdin)
-            if shipped["program"] != program:
-                raise Failure("what is shipped is not this checkout's hostctl")
-            spec = json.dumps(shipped["spec"])
-        stdout, stderr = io.StringIO(), io.StringIO()
-        with redirect_stdout(stdout), redirect_stderr(stderr):
-            try:
-                status = cli.main(list(call.arguments), stdin=io.StringIO(spec), machine=machine)
-            except SystemExit as leaving:
-                status = leaving.code if isinstance(leaving.code, int) else 1
+            return _run(machine, call.arguments, stdin)
+        shipped = json.loads(stdin)
+        if shipped["program"] != program:
+            raise Failure("what is shipped is not this checkout's hostctl")
+        ran = [
+            _run(machine, (*verb, "--exit-zero"), json.dumps(spec))
+            for verb, spec in shipped["questions"]
+        ]
+        stdout, stderr = (
+            "".join(texts) for texts in zip(*((r.stdout, r.stderr) for r in ran), strict=True)
+        )
+        return Result(stdout, stderr)
+
+
+def _run(machine: RehearsalMachine, arguments: Sequence[str], stdin: str) -> Result:
+    from hostctl import cli
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            status = cli.main(list(arguments), stdin=io.StringIO(stdin), machine=machine)
+        except SystemExit as leaving:
+            status = leaving.code if isinstance(leaving.code, int) else 1
     return Result(stdout.getvalue(), stderr.getvalue(), status)
 
 

@@ -82,6 +82,14 @@ class RealP510(Rehearsal):
         path = self.settings["cluster"]["kubeconfig"]["path"]
         return self.engine.run(["kubectl", f"--kubeconfig={path}", *arguments], input=input).stdout
 
+    def wait_until_available(self) -> None:
+        """Waits for the pods of a cluster that was started again: a refresh before reports those
+        Deployments as failed to initialize, and a preview then shows them as updates.
+        """
+        self.kubectl("wait", "node", "--all", "--for=condition=Ready", "--timeout=300s")
+        everywhere = ("--all", "--all-namespaces", "--for=condition=Available", "--timeout=300s")
+        self.kubectl("wait", "deployment", *everywhere)
+
     def _secret_files(self) -> Mapping[str, str]:
         made_up = RehearsalMachine(self.directory / "made-up")
         requests: list[dict[str, Any]] = [

@@ -44,6 +44,7 @@ def test_the_whole_stack_lives_heals_and_goes_on_a_real_engine_and_api_server(st
     engine.restart()
     stack.up("--refresh")
     assert planned(stack.up()) == set()
+    stack.wait_until_available()
     assert planned(stack.preview("--refresh")) == set()
     assert stack.outputs()["cluster"]["identity"] == identity
     assert_markers(stack, storage)
@@ -56,6 +57,7 @@ def test_the_whole_stack_lives_heals_and_goes_on_a_real_engine_and_api_server(st
     assert "update Container cloudflared-p510" in planned(preview)
     stack.up("--refresh")
     assert planned(stack.up()) == set()
+    stack.wait_until_available()
     assert planned(stack.preview("--refresh")) == set()
     assert stack.outputs()["cluster"]["identity"] == identity
     assert_markers(stack, storage)

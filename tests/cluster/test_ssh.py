@@ -21,7 +21,7 @@ import pytest
 
 from components import host as host_module
 from components import settings
-from components.host import Connection, HostError
+from components.host import Connection, HostError, ask
 from setup import ssh
 from setup.cache import SetupError
 
@@ -223,7 +223,8 @@ def change(connection: Connection, verb: str, spec: Mapping[str, Any]) -> dict[s
 
 def read(connection: Connection, path: Path) -> dict[str, Any]:
     request = {"path": str(path), "namespace": "factory", "name": "db"}
-    return connection.read(["files", "read"], {"files": [request]})["files"][str(path)]
+    reading = ask(["files", "read"], {"files": [request]})
+    return connection.read(reading)["files"][str(path)]
 
 
 def test_a_verb_reads_on_a_host_that_nothing_was_installed_on(tmp_path, server, connect):

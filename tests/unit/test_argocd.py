@@ -26,11 +26,14 @@ def declared(**rest: Any) -> settings.ArgoCD:
 def revision(run_program, monkeypatch):
     def run(**answer: Any) -> Revision:
         facts = {"state": "resolved", "commit": NEW, "detail": "", "applied": {"commit": OLD}}
-        monkeypatch.setattr(Connection, "read", lambda *_: {**facts, **answer})
-        seen: list[Revision] = []
+        monkeypatch.setattr(Connection, "answers", lambda *_: [{**facts, **answer}])
+        seen: list[Revision | None] = []
         run_program(
-            lambda: seen.append(Revision.read(declared(), "factory", Connection(settings.Host())))
+            lambda: seen.append(
+                Connection(settings.Host()).read(Revision.read(declared(), "factory"))
+            )
         )
+        assert seen[0]
         return seen[0]
 
     return run

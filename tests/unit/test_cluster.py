@@ -286,17 +286,17 @@ def test_the_administrators_key_travels_only_for_the_preview_of_a_rotation(
 ):
     verbs = []
 
-    def read(_: Connection, verb: list[str], __: object) -> dict[str, Any]:
-        verbs.append(verb)
+    def answers(_: Connection, questions: list[tuple[list[str], object]]) -> list[dict[str, Any]]:
+        verbs.extend(verb for verb, _ in questions)
         facts = {"differences": [], "unseen": [], "kubeconfig_behind": True, "state": "running"}
         fixed = {"identity": "i", "generation": 1, "incarnation": "m-1"}
         accepted = {"acceptance": None, "acceptance_generation": 1, "warnings": []}
         answer = {**facts, **fixed, **accepted, "certificate_generation": 2, **changes}
-        return {"cluster": answer, "kubeconfig": KUBECONFIG}
+        return [{"cluster": answer, "kubeconfig": KUBECONFIG}]
 
-    monkeypatch.setattr(Connection, "read", read)
+    monkeypatch.setattr(Connection, "answers", answers)
     monkeypatch.setattr(pulumi.runtime, "is_dry_run", lambda: preview)
-    seen = LiveCluster.read(cluster(), Connection(settings.Host.model_validate({})))
+    seen = Connection(settings.Host()).read(LiveCluster.read(cluster()))
     assert (["k3d", "kubeconfig"] in verbs) == asked
     assert seen.kubeconfig == (KUBECONFIG if asked else None)
 

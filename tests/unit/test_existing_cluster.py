@@ -12,7 +12,7 @@ import yaml
 
 from components import settings
 from components.cluster import kinds
-from components.host import Connection, Host, HostError
+from components.host import Connection, Host, HostError, this_machine
 from rehearsal import existing
 from tests.unit.conftest import Registered
 
@@ -62,7 +62,7 @@ def run(run_program: Callable[..., Registered]) -> Callable[..., Any]:
         asked: list[dict[str, Any]] = []
 
         def called(args: Any) -> dict[str, Any]:
-            given = json.loads(args.args["stdin"])["spec"]
+            [[_, given]] = json.loads(args.args["stdin"])["questions"]
             asked.append(given)
             if "files" in given:
                 (file,) = given["files"]
@@ -76,7 +76,7 @@ def run(run_program: Callable[..., Registered]) -> Callable[..., Any]:
         def program() -> None:
             whole = declared or stack()
             connection = Connection(whole.host)
-            kind = kinds.read(whole, connection)
+            kind = connection.read(kinds.read(whole, connection))
             made.append(kind)
             kind.announce()
             declared_cluster = kind.declare(Host("metal", connection), None)
@@ -194,7 +194,7 @@ def test_a_missing_file_names_the_machine_and_the_setting(run_program: Any) -> N
     answer = {"ok": True, "files": {"/etc/kubernetes/admin.conf": absent}, "made_up": []}
     calls = {"command:local:run": {"stdout": json.dumps(answer), "stderr": ""}}
     with pytest.raises(HostError, match=r"cluster\.kubeconfig\.file: .* on this machine is absent"):
-        run_program(lambda: kinds.read(stack(), Connection(settings.Host())), calls=calls)
+        run_program(lambda: this_machine().read(kinds.read(stack(), this_machine())), calls=calls)
 
 
 def test_a_cluster_that_does_not_answer_stops_an_up_and_only_warns_a_preview(

@@ -391,7 +391,7 @@ class TestFiles:
 
 def test_a_cluster_that_is_off_takes_nothing_and_its_host_tunnels_stay():
     """Incident 16: while a cluster moves, both its stacks describe it."""
-    routes = {"inside": tunnel("a.example.org"), "host": on_host(routes=[])}
+    routes = {"inside": tunnel("a.example.org"), "host": on_host()}
     routes["host"]["routes"] = [{"hostname": "b.example.org", "service": "http://localhost:80"}]
     on = stack("old", tunnels=routes)
     off = stack("new", cluster={"enabled": False}, tunnels={"inside": tunnel("a.example.org")})

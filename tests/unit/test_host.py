@@ -12,7 +12,7 @@ import pulumi
 import pytest
 
 from components import settings
-from components.host import Connection, Host, HostError
+from components.host import Connection, Host, HostError, ask, together
 
 
 def connection(**host: Any) -> Connection:
@@ -91,18 +91,20 @@ def test_the_install_line_writes_the_program_atomically(tmp_path):
 def test_the_shipped_program_runs_a_verb_without_being_installed():
     """The very command line and stdin that a preview hands to the invoke, run for real."""
     link = connection()
-    line = link.line("python3", "-c", _boot(link), "files", "read", "--exit-zero")
+    line = link.line("python3", "-c", _boot(link))
     spec = {"files": [{"path": "/nonexistent/a", "as": "value", "namespace": "n", "name": "s"}]}
     answer = subprocess.run(
         ["sh", "-c", line],
-        input=json.dumps({"program": link.program, "spec": spec}),
+        input=json.dumps({"program": link.program, "questions": [(["files", "read"], spec)] * 2}),
         text=True,
         capture_output=True,
         check=True,
     )
-    result = json.loads(answer.stdout)
-    assert result["ok"]
-    assert result["files"]["/nonexistent/a"]["state"] == "absent"
+    for line in answer.stdout.splitlines():
+        result = json.loads(line)
+        assert result["ok"]
+        assert result["files"]["/nonexistent/a"]["state"] == "absent"
+    assert answer.stdout.count("\n") == 2
 
 
 def _boot(link: Connection) -> str:
@@ -115,7 +117,7 @@ def _boot(link: Connection) -> str:
 def read(run_program, answer: Any, **host: Any) -> list[Any]:
     seen: list[Any] = []
     run_program(
-        lambda: seen.append(connection(**host).read(["k3d", "inspect"], {"name": "factory"})),
+        lambda: seen.append(connection(**host).read(ask(["k3d", "inspect"], {"name": "factory"}))),
         calls={"command:local:run": answer},
     )
     return seen
@@ -162,3 +164,49 @@ def test_an_unreachable_host_is_one_error_with_the_way_to_check_it(run_program):
 def test_output_that_is_no_result_is_told_as_such(run_program):
     with pytest.raises(HostError, match="no JSON result"):
         read(run_program, {"stdout": "Welcome to p510!", "stderr": ""})
+
+
+def test_readings_ask_the_host_once_a_round_and_get_their_own_results(monkeypatch):
+    rounds = []
+
+    def answers(_: Connection, questions: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
+        rounds.append([verb for verb, _ in questions])
+        return [{"seen": spec} for _, spec in questions]
+
+    def twice() -> Any:
+        first = yield from ask(["first"], {"of": "twice"})
+        second = yield from ask(["second"], {"of": "twice"})
+        return [first["seen"], second["seen"]]
+
+    def nothing() -> Any:
+        return None
+        yield
+
+    def both() -> Any:
+        return (yield [(["a"], {"of": "both"}), (["b"], {"of": "both"})])
+
+    monkeypatch.setattr(Connection, "answers", answers)
+    read = connection().read(
+        together(twice(), nothing(), together(both(), ask(["c"], {"of": "c"})))
+    )
+    assert read == (
+        [{"of": "twice"}, {"of": "twice"}],
+        None,
+        ([{"seen": {"of": "both"}}, {"seen": {"of": "both"}}], {"seen": {"of": "c"}}),
+    )
+    assert rounds == [[["first"], ["a"], ["b"], ["c"]], [["second"]]]
+
+
+def test_all_that_refuse_are_named_at_once_and_the_same_once(run_program):
+    def refusal(step: str) -> str:
+        error = {"step": step, "cause": "no route", "remedy": "a way", "code": "cannot-tell"}
+        return json.dumps({"ok": False, "error": error})
+
+    lines = [refusal("ask Docker"), refusal("ask Docker"), json.dumps({"ok": True}), refusal("git")]
+    with pytest.raises(HostError) as raised:
+        run_program(
+            lambda: connection().answers([(["k3d", "inspect"], {})] * 4),
+            calls={"command:local:run": {"stdout": "\n".join(lines), "stderr": ""}},
+        )
+    assert str(raised.value).count("ask Docker on this machine failed") == 1
+    assert "git on this machine failed" in str(raised.value)

@@ -48,23 +48,24 @@ def read(run_program, monkeypatch):
     def run(declarations, files=None, host=None) -> list[SecretValue]:
         asked: list[tuple[str, dict[str, Any]]] = []
 
-        def answer(connection: Connection, verb, spec):
-            asked.append((connection.name, spec))
-            return {
-                "made_up": [],
-                "files": {
-                    request["path"]: (files or {}).get(
-                        request["path"],
-                        {"state": "absent", "content": None, "detail": "no such file"},
-                    )
-                    for request in spec["files"]
-                },
-            }
+        def answers(connection: Connection, questions):
+            asked.extend((connection.name, spec) for _, spec in questions)
+            absent = {"state": "absent", "content": None, "detail": "no such file"}
+            return [
+                {
+                    "made_up": [],
+                    "files": {
+                        request["path"]: (files or {}).get(request["path"], absent)
+                        for request in spec["files"]
+                    },
+                }
+                for _, spec in questions
+            ]
 
-        monkeypatch.setattr(Connection, "read", answer)
+        monkeypatch.setattr(Connection, "answers", answers)
         where = host or settings.Host()
         values: list[SecretValue] = []
-        run_program(lambda: values.extend(read_values(declarations, where, Connection(where))))
+        run_program(lambda: values.extend(Connection(where).read(read_values(declarations, where))))
         run.asked = asked  # pyright: ignore[reportFunctionMemberAccess]
         return values
 

@@ -824,12 +824,12 @@ HOSTCTL = "/var/lib/homelab/hostctl"
             command.Call("installed", path=HOSTCTL, arguments=("k3d", "ensure")),
         ),
         (
-            f"python3 -c '{BOOT}' files read --exit-zero",
-            command.Call("shipped", arguments=("files", "read", "--exit-zero")),
+            f"python3 -c '{BOOT}'",
+            command.Call("shipped"),
         ),
         (
-            f"{SSH} 'python3 -c '\"'\"'{BOOT}'\"'\"' files read --exit-zero'",
-            command.Call("shipped", arguments=("files", "read", "--exit-zero")),
+            f"{SSH} 'python3 -c '\"'\"'{BOOT}'\"'\"''",
+            command.Call("shipped"),
         ),
         (
             f"{SSH.removesuffix('me@host --')} -- me@host {HOSTCTL} k3d ensure",
@@ -935,11 +935,14 @@ def test_a_rehearsal_installs_and_runs_hostctl_in_process(tmp_path: Path, host: 
 
 def test_a_rehearsal_runs_what_is_shipped(tmp_path: Path, host: str):
     provider = command.Command(tmp_path)
-    line = f"python3 -c '{BOOT}' files read --exit-zero"
-    args = {"command": line, "stdin": json.dumps({"program": host, "spec": {"files": []}})}
+    line = f"python3 -c '{BOOT}'"
+    questions = [(["files", "read"], {"files": []}), (["k3d", "inspect"], {"name": "factory"})]
+    args = {"command": line, "stdin": json.dumps({"program": host, "questions": questions})}
     returned = provider.invoke("command:local:run", args, preview=True)
-    assert json.loads(returned["stdout"])["spec"] == {"files": []}
-    args["stdin"] = json.dumps({"program": "other", "spec": {}})
+    assert [json.loads(line) for line in returned["stdout"].splitlines()] == [
+        {"argv": [*verb, "--exit-zero"], "spec": spec} for verb, spec in questions
+    ]
+    args["stdin"] = json.dumps({"program": "other", "questions": []})
     with pytest.raises(Failure, match="not this checkout's hostctl"):
         provider.invoke("command:local:run", args, preview=True)
 

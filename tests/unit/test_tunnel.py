@@ -785,10 +785,12 @@ FREE = {"exists": False, "managers": [], "argocd": None}
 
 def refuse(monkeypatch, connector: dict, owners: dict[str, dict]) -> None:
     """Asks about a tunnel's connector; a Deployment that is not in ``owners`` fails."""
-    monkeypatch.setattr(Connection, "read", lambda _, verb, spec: owners[spec["name"]])
+    monkeypatch.setattr(
+        Connection, "answers", lambda _, questions: [owners[spec["name"]] for _, spec in questions]
+    )
     tunnel = settings.Tunnel.model_validate({"secret": SECRET, "connector": connector})
     connection = Connection(settings.Host.model_validate({}))
-    refuse_two_owners({"factory": tunnel}, "factory", connection)
+    connection.read(refuse_two_owners({"factory": tunnel}, "factory"))
 
 
 @pytest.mark.parametrize("owned", ["cloudflared", deployment_name("factory")])
