@@ -18,6 +18,8 @@ from components.network.metallb import MetalLB, MetalLBArgs
 from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import refuse_two_owners
 from components.secrets import Secrets, SecretsArgs, read_values
+from components.storage.live import check_classes, check_nodes
+from components.storage.tiers import Storage, StorageArgs
 from components.tailscale import TailscaleOperator, TailscaleOperatorArgs, warn_of_sidecars
 
 debug.keep_outputs_out_of_messages()
@@ -34,7 +36,13 @@ live, revision, values = connection.read(
     )
 )
 if live.answers:
-    connection.read(refuse_two_owners(stack.tunnels, name, live.kubeconfig))
+    connection.read(
+        together(
+            refuse_two_owners(stack.tunnels, name, live.kubeconfig),
+            check_classes(stack.storage, name, live.kubeconfig),
+        )
+    )
+check_nodes(stack.storage, live.nodes, stack.node_names)
 live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)
@@ -47,8 +55,11 @@ declared = live.declare(host, engine)
 cluster = declared.cluster
 namespaces = ingress = argocd = None
 if cluster:
-    namespaces = Namespaces(name, NamespacesArgs(stack.declared_namespaces(), cluster))
+    owners = stack.declared_namespaces()
+    namespaces = Namespaces(name, NamespacesArgs(owners, cluster, stack.storage.namespaces))
     secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+    if stack.storage.classes or stack.storage.runs_local_path:
+        Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
     if stack.argocd and revision:
         bootstrap = ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets])
         argocd = ArgoCD(name, bootstrap)

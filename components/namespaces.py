@@ -1,6 +1,6 @@
 """The namespaces of a stack."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pulumi
@@ -8,15 +8,20 @@ import pulumi_kubernetes as kubernetes
 
 from components.cluster import Cluster
 
+_PRIVILEGED = {
+    f"pod-security.kubernetes.io/{mode}": "privileged" for mode in ("enforce", "audit", "warn")
+}
+
 
 @dataclass(frozen=True)
 class NamespacesArgs:
     """``owners`` says of each namespace who makes it: `pulumi`, or `argocd`, then it is only known
-    by name.
+    by name. Pods of ``privileged`` ones may do what Pod Security keeps from others.
     """
 
     owners: Mapping[str, str]
     cluster: Cluster
+    privileged: Collection[str] = ()
 
 
 class Namespaces(pulumi.ComponentResource):
@@ -41,7 +46,11 @@ class Namespaces(pulumi.ComponentResource):
         )
         self.namespaces = {
             namespace: kubernetes.core.v1.Namespace(
-                namespace, metadata={"name": namespace}, opts=options
+                namespace,
+                metadata={"name": namespace, "labels": _PRIVILEGED}
+                if namespace in args.privileged
+                else {"name": namespace},
+                opts=options,
             )
             for namespace, owner in args.owners.items()
             if owner == "pulumi"

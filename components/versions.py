@@ -26,6 +26,16 @@ CURL = (
 LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
 BUSYBOX = "docker.io/library/busybox:1.37.0"
 
+CEPH = "quay.io/ceph/ceph:v19.2.3"
+LOCAL_PATH_PROVISIONER = "rancher/local-path-provisioner:v0.0.35"
+
+CSI_DRIVER_NFS = Chart(
+    "csi-driver-nfs",
+    "https://raw.githubusercontent.com/kubernetes-csi/csi-driver-nfs/master/charts",
+    "4.13.4",
+)
+LONGHORN = Chart("longhorn", "https://charts.longhorn.io", "1.11.2")
 METALLB = Chart("metallb", "https://metallb.github.io/metallb", "0.16.1")
+ROOK_CEPH = Chart("rook-ceph", "https://charts.rook.io/release", "v1.19.6")
 TAILSCALE_OPERATOR = Chart("tailscale-operator", "https://pkgs.tailscale.com/helmcharts", "1.86.2")
 TRAEFIK = Chart("traefik", "https://traefik.github.io/charts", "41.3.0")

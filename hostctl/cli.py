@@ -44,6 +44,7 @@ from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
 from hostctl.spec import NAME_SPEC, checked
+from hostctl.storage import storage_check, storage_inspect
 from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
 from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
@@ -322,6 +323,11 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "chart": "0.16.1",
         },
     ),
+    ("storage", "check"): Verb(
+        storage_check,
+        {"needs": ["iscsi", "crypt", "nfs"], "disks": ["/dev/disk/by-id/ata-EXAMPLE_1"]},
+    ),
+    ("storage", "inspect"): Verb(storage_inspect, {"cluster": "factory", "kubeconfig": None}),
     ("cluster", "owner"): Verb(
         cluster_owner,
         {

@@ -199,7 +199,7 @@ def _host_findings(machine: Machine, spec: Mapping[str, Any]) -> Iterator[Findin
     yield from _docker_findings(machine, docker)
     yield from _cgroup_findings(machine, docker)
     for module, severity, why in _needed_modules(spec):
-        yield from _module_findings(machine, module, severity, why)
+        yield from module_findings(machine, module, severity, why)
     nodes = spec["servers"] + spec["agents"] if spec else 1
     for key, (least, several) in NODES_OPEN_FILES.items():
         wanted = least if nodes == 1 else several
@@ -313,7 +313,7 @@ def _needed_modules(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "wireguard", "error", "flannel's pod network is made of it (--flannel-backend)"
 
 
-def _module_findings(machine: Machine, module: str, severity: str, why: str) -> Iterator[Finding]:
+def module_findings(machine: Machine, module: str, severity: str, why: str) -> Iterator[Finding]:
     has = _has_module(machine, module)
     if has is None:
         what = f"cannot tell whether the kernel has module {module}: {why}"

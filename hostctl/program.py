@@ -32,6 +32,7 @@ MODULES = (
     "install",
     "workloads",
     "existing",
+    "storage",
     "argocd",
     "clean",
     "backups",

@@ -306,6 +306,7 @@ SECRET_TYPES = (
     "kubernetes.io/tls",
     "kubernetes.io/basic-auth",
     "kubernetes.io/ssh-auth",
+    "kubernetes.io/iscsi-chap",
 )
 
 

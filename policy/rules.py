@@ -235,7 +235,8 @@ def secrets_are_not_in_the_clear(args: ResourceValidationArgs) -> Violations:
 
 @guard("What cannot be made again as it was is protected (incident 10).")
 def what_lasts_is_protected(args: ResourceValidationArgs) -> Violations:
-    """Cluster, its network, tunnels. `delete` in the settings takes the protection away: a stack
+    """Cluster, its network, tunnels, and the drivers and pools of storage that go with all their
+    volumes. `delete` in the settings takes the protection away: a stack
     that shall go is run without this pack.
     """
     parent = (args.opts.parent or "").rpartition("::")[0].rpartition("::")[2].rpartition("$")[2]
@@ -247,6 +248,12 @@ def what_lasts_is_protected(args: ResourceValidationArgs) -> Violations:
         what = "cluster" if parent == "homelab:index:K3dCluster" else None
     if what and not args.opts.protect:
         yield f"{what} {args.name} is not protected: remove its `delete` from the settings"
+    holds_volumes = args.resource_type.startswith("kubernetes:ceph.rook.io/") or (
+        args.resource_type == "kubernetes:helm.sh/v3:Release"
+        and args.props.get("chart") in ("longhorn", "rook-ceph")
+    )
+    if holds_volumes and not args.opts.protect:
+        yield f"{args.name} is not protected: every volume would go with it (docs/storage.md)"
 
 
 @guard("A tunnel's records are proxied, with the only ttl that Cloudflare takes for them.")

@@ -86,6 +86,8 @@ class Kubectl:
         for key, obj in self.api.world.list(below):
             kind, _, of = key.split("/")[2].lower().partition(".")
             plural = kind[:-1] + "ies" if kind.endswith("y") else kind + "s"
+            if kind.endswith("ss"):
+                plural = kind + "es"
             if word in (kind, plural) and group in ("", of):
                 yield obj
 

@@ -39,6 +39,7 @@ World, below `<rehearsal>/world/machine/`:
   accounts.json             users and groups that the host lacks
   docker-down               Docker does not answer (as does world/docker/unreachable)
   missing-tools.json        programs that are not on PATH
+  disks.json                {"/dev/disk/by-id/...": what lsblk says, or null: no such disk}
   images.json               images that were pulled; no-pull.json: those that no registry has
   broken-images.json        node images whose k3s ends as soon as it starts
   seed                      another seed gives another machine id and other CAs
@@ -92,6 +93,7 @@ _DOCKER_DOWN = (
 )
 _K3S = "/var/lib/rancher/k3s"
 _DATASTORE = f"{_K3S}/server"
+_INITIATOR = "/etc/iscsi/initiatorname.iscsi"
 _ENTRYPOINT = "/bin/k3d-entrypoint.sh"
 _PASSWORD = "/etc/rancher/node/password"
 _IMAGE_CONFIG: Object = {
@@ -111,7 +113,10 @@ _INFO: Object = {
 _KERNEL_FILES = {
     "/proc/modules": "".join(
         f"{name} 16384 1 - Live 0x0000000000000000\n"
-        for name in ("overlay", "br_netfilter", "nf_conntrack", "vxlan")
+        for name in (
+            *("overlay", "br_netfilter", "nf_conntrack", "vxlan"),
+            *("nfs", "rbd", "ceph", "dm_crypt"),
+        )
     ),
     "/proc/sys/fs/inotify/max_user_instances": "512\n",
     "/proc/sys/fs/inotify/max_user_watches": "524288\n",
@@ -206,6 +211,9 @@ class RehearsalMachine(Machine):
             "sync": lambda words, input, env: _done(),
             "systemctl": lambda words, *_: systemctl(self, words),
             "midclt": lambda words, *_: midclt(self, words),
+            "iscsiadm": lambda words, *_: _done("iscsiadm version 2.1.9\n"),
+            "cryptsetup": lambda words, *_: _done("cryptsetup 2.7.5\n"),
+            "lsblk": lambda words, *_: self._lsblk(words),
         }
         if argv[0] not in models:
             raise ToolMissing(argv[0])
@@ -230,7 +238,17 @@ class RehearsalMachine(Machine):
     def _access(self, path: str) -> Path:
         return self.root / "access" / (quote(path, safe="") + ".json")
 
+    def _lsblk(self, words: list[str]) -> Ran:
+        """A disk is raw unless disks.json says what is on it."""
+        seen = {"type": "disk", "fstype": None, "mountpoints": [None]}
+        seen |= self.setting("disks.json", {}).get(words[-1], {})
+        return _done(json.dumps({"blockdevices": [seen]}))
+
     def read(self, path: str, limit: int = 1024 * 1024) -> bytes:
+        if path == _INITIATOR and not self._file(path).exists():
+            # Each machine's own.
+            digest = hashlib.sha256(self.root.name.encode()).hexdigest()[:12]
+            return f"InitiatorName=iqn.1993-08.org.debian:01:{digest}\n".encode()
         if path in _KERNEL_FILES and not self._file(path).exists():
             return _KERNEL_FILES[path].encode()
         return self._file(path).read_bytes()
@@ -307,6 +325,12 @@ class RehearsalMachine(Machine):
     def stat(self, path: str) -> Stat | None:
         file = self._file(path)
         if not file.exists():
+            if path.startswith("/dev/disk/by-id/"):
+                lacking = self.setting("disks.json", {}).get(path, {}) is None
+                return None if lacking else Stat("other", 0o660, "root", "disk", 0)
+            if path == "/sbin/mount.nfs":
+                lacking = "mount.nfs" in self.setting("missing-tools.json", [])
+                return None if lacking else Stat("file", 0o4755, "root", "root", 0)
             return Stat("directory", 0o755, "root", "root", 0) if is_mark(self, path) else None
         access = self._access(path)
         seen = json.loads(access.read_text()) if access.exists() else {}

@@ -1,6 +1,8 @@
 """The kinds of cluster: how each is read before anything is registered, and what it declares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import pulumi
@@ -10,7 +12,7 @@ from components import settings
 from components.cluster import Cluster
 from components.cluster.existing import ExistingCluster, ExistingClusterArgs, LiveExisting
 from components.host import Connection, Host, Reading, together
-from components.storage import LocalStorage, LocalStorageArgs
+from components.storage.local import LocalStorage, LocalStorageArgs
 from components.units import LiveUnits, Units, UnitsArgs
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ class Kind(Protocol):
     @property
     def kubeconfig(self) -> str | None: ...
 
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        """Its nodes that can be looked at, by name."""
+        ...
+
     def announce(self) -> None: ...
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared: ...
@@ -49,7 +56,7 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     """Asks for the live cluster. Raises HostError as its kind does."""
     if isinstance(stack.cluster, settings.ExistingCluster):
         live = yield from LiveExisting.read(stack.cluster, stack.network, connection)
-        return _Existing(stack.cluster, live)
+        return _Existing(stack.cluster, stack.host, live, connection)
     if not stack.has_cluster:
         return _Off(stack.cluster)
     # Not above: Docker's package costs time, and only who has a cluster in it pays.
@@ -66,6 +73,7 @@ class _Off:
 
     answers = False
     kubeconfig = None
+    nodes: Mapping[str, Connection] = MappingProxyType({})
 
     def __init__(self, cluster: settings.K3dCluster) -> None:
         self._name = cluster.name
@@ -98,6 +106,11 @@ class _K3d:
     def answers(self) -> bool:
         return self._live.state == "running"
 
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        # They are containers: what they lack is a matter of their image.
+        return {}
+
     def announce(self) -> None:
         self._live.announce(self._cluster, self._host)
         self._units.announce(self._host)
@@ -125,8 +138,17 @@ class _K3d:
 
 
 class _Existing:
-    def __init__(self, cluster: settings.ExistingCluster, live: LiveExisting) -> None:
+    def __init__(
+        self,
+        cluster: settings.ExistingCluster,
+        host: settings.Host,
+        live: LiveExisting,
+        connection: Connection,
+    ) -> None:
         self._cluster, self._live = cluster, live
+        self._nodes = {
+            name: connection for name, node in cluster.nodes.items() if node.address == host.address
+        }
 
     @property
     def answers(self) -> bool:
@@ -135,6 +157,10 @@ class _Existing:
     @property
     def kubeconfig(self) -> str | None:
         return self._live.kubeconfig
+
+    @property
+    def nodes(self) -> Mapping[str, Connection]:
+        return self._nodes
 
     def announce(self) -> None:
         self._live.announce(self._cluster)

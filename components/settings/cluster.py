@@ -448,13 +448,6 @@ class K3dCluster(Model):
                     f"a network outside {taken}, which belongs to {owner}",
                     "choose another private range, for example 172.30.0.0/16",
                 )
-        if "local-storage" in self.disable:
-            yield Problem(
-                ("cluster", "disable", self.disable.index("local-storage")),
-                "local-storage",
-                "parts other than local-storage, which serves storage class local-path",
-                "remove it: without it storageDir would hold no volumes",
-            )
         for key in ("recreate", "delete"):
             typed = getattr(self, key)
             if typed is not None and typed != self.name:

@@ -19,6 +19,7 @@ from components.settings.host import Host
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, SettingsError, key_path, shown
 from components.settings.stack import Settings
+from components.settings.storage import IscsiClass, NfsClass, Storage
 from components.settings.tunnel import HostConnector
 
 NAMESPACE = "homelab:"
@@ -269,6 +270,8 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
     # In front of k3d nodes a pool lies in their Docker network, which no other host sees.
     yield from _claims_of_lan(settings.network, here if isinstance(cluster, K3dCluster) else None)
 
+    yield from _claims_of_storage(settings.storage)
+
     hostnames: set[str] = set()
     for name, tunnel in settings.tunnels.items():
         if settings.cloudflare:
@@ -291,6 +294,22 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
     if settings.tailscale and (operator := settings.tailscale.operator):
         path, name = ("tailscale", "operator", "hostname"), operator.hostname or _OPERATOR
         yield Claim("name in the tailnet", name, path, name)
+
+
+def _claims_of_storage(storage: Storage) -> Iterator[Claim]:
+    """LUNs, whose file system two clusters would destroy, and directories in which both would take
+    volumes of the same claims for their own.
+    """
+    for name, one in storage.classes.items():
+        path: Path = ("storage", "classes", name)
+        if isinstance(one, IscsiClass):
+            for volume, declared in one.volumes.items():
+                lun = f"{declared.iqn} LUN {declared.lun}"
+                yield Claim("iSCSI LUN", lun, (*path, "volumes", volume), lun)
+        elif isinstance(one, NfsClass) and "${pv." not in one.sub_directory:
+            # Names of claims may be the same in two clusters, those of volumes are not.
+            where = f"{one.server}:{one.share}/{one.sub_directory}"
+            yield Claim("NFS directory", where, (*path, "share"), where)
 
 
 def _claims_of_k3d(cluster: K3dCluster, here: str) -> Iterator[Claim]:

@@ -15,6 +15,7 @@ SecretType = Literal[
     "kubernetes.io/tls",
     "kubernetes.io/basic-auth",
     "kubernetes.io/ssh-auth",
+    "kubernetes.io/iscsi-chap",
 ]
 
 # What the API server demands of a type: all keys of one of these sets.

@@ -22,6 +22,7 @@ from components.settings.model import Model, Name, ObjectName
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, key_path
 from components.settings.secrets import DeclaredSecret, Namespace, Secret
+from components.settings.storage import Storage
 from components.settings.tailscale import NAMESPACE as TAILSCALE_NAMESPACE
 from components.settings.tailscale import Tailscale
 from components.settings.tunnel import (
@@ -79,6 +80,9 @@ class Settings(Model):
     network: Network = Field(
         default=Network(), description="The LAN, and the addresses that the cluster takes of it."
     )
+    storage: Storage = Field(
+        default=Storage(), description="Classes of volumes, and which of them is the default."
+    )
     namespaces: dict[Name, Namespace] = Field(
         default={},
         description="Namespaces by name, besides those that Secrets, tunnels and ArgoCD name.",
@@ -126,8 +130,9 @@ class Settings(Model):
             for name, tunnel in self.tunnels.items()
             if isinstance(tunnel.connector, HostConnector)
         }
-        left_out = {"network", "namespaces", "secrets", "argocd", "tailscale", "cleaning"}
-        of_cluster = {key: type(self).model_fields[key].default for key in {*left_out, "backups"}}
+        left_out = ("network", "storage", "namespaces", "secrets", "argocd", "tailscale")
+        fields = type(self).model_fields
+        of_cluster = {key: fields[key].default for key in (*left_out, "cleaning", "backups")}
         return self.model_copy(update={**of_cluster, "tunnels": hosts})
 
     def declared_secrets(self) -> list[DeclaredSecret]:
@@ -137,6 +142,7 @@ class Settings(Model):
     def declared_namespaces(self) -> dict[str, str]:
         """Owner, `pulumi` or `argocd`, of each namespace that is named; not Kubernetes' own."""
         named = [secret.namespace for secret in self.declared_secrets()]
+        named += self.storage.namespaces
         if self.argocd is not None:
             named.append(self.argocd.namespace)
         if self.tailscale is not None:
@@ -148,6 +154,11 @@ class Settings(Model):
             name: namespace.owner for name, namespace in self.namespaces.items()
         }
         return {name: owners[name] for name in sorted(owners) if name not in _BUILT_IN_NAMESPACES}
+
+    @property
+    def node_names(self) -> list[str]:
+        """The nodes that the settings name; none where they are containers."""
+        return [] if isinstance(self.cluster, K3dCluster) else list(self.cluster.nodes)
 
     @property
     def needs_docker(self) -> bool:
@@ -188,6 +199,7 @@ class Settings(Model):
         yield from self.host.problems()
         yield from self.cluster.problems()
         yield from self.network.problems(self.cluster)
+        yield from self.storage.problems(self.cluster, self.declared_secrets())
         for namespace, secrets in self.secrets.items():
             for name, secret in secrets.items():
                 yield from secret.problems(("secrets", namespace, name))

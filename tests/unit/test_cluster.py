@@ -16,7 +16,7 @@ from components.cluster import Cluster
 from components.cluster.k3d import K3dCluster, K3dClusterArgs, LiveCluster, server_url
 from components.cluster.kubeconfig import Kubeconfig, KubeconfigArgs
 from components.host import Connection, Host, HostError
-from components.storage import LocalStorage, LocalStorageArgs
+from components.storage.local import LocalStorage, LocalStorageArgs
 from tests.unit.conftest import UNKNOWN
 
 IMAGE = "rancher/k3s:v1.31.5-k3s1"

@@ -23,7 +23,7 @@ SECURE = {
 }
 
 
-PAGES = ["docs/settings.md", "docs/metal.md"]
+PAGES = ["docs/settings.md", "docs/metal.md", "docs/storage.md"]
 """Each shows settings by example; together they show all."""
 
 

@@ -307,6 +307,25 @@ class TestProtected:
         assert violations(rule, kind, {}, name=name, protect=True) == []
         assert len(violations(rule, kind, {}, name=name)) == 1
 
+    @pytest.mark.parametrize(
+        ("kind", "props"),
+        [
+            ("kubernetes:helm.sh/v3:Release", {"chart": "longhorn"}),
+            ("kubernetes:helm.sh/v3:Release", {"chart": "rook-ceph"}),
+            ("kubernetes:ceph.rook.io/v1:CephCluster", {}),
+            ("kubernetes:ceph.rook.io/v1:CephBlockPool", {}),
+        ],
+    )
+    def test_what_every_volume_goes_with_is_protected(self, kind: str, props: Props) -> None:
+        rule = rules.what_lasts_is_protected
+        assert violations(rule, kind, props, protect=True) == []
+        assert len(violations(rule, kind, props)) == 1
+
+    def test_a_driver_that_holds_no_data_needs_no_protection(self) -> None:
+        props = {"chart": "csi-driver-nfs"}
+        rule = rules.what_lasts_is_protected
+        assert violations(rule, "kubernetes:helm.sh/v3:Release", props) == []
+
     def test_other_commands_need_no_protection(self) -> None:
         rule, kind = rules.what_lasts_is_protected, "command:local:Command"
         assert violations(rule, kind, {}, name="identity") == []

@@ -1,4 +1,4 @@
-"""Volumes on the host's disk that outlive their cluster."""
+"""Volumes on the disk of a k3d cluster's host that outlive their cluster."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,1 @@
+"""Where volumes come from: the classes of the settings, and what provides them."""
