@@ -58,35 +58,31 @@ host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
 cluster = declared.cluster
-namespaces = Namespaces(
-    name,
-    NamespacesArgs(
-        stack.declared_namespaces(), cluster, stack.namespaces, stack.storage.namespaces
-    ),
-)
-access = None
-if stack.access:
-    access = Access(
-        name, AccessArgs(stack.access, cluster, declared.kubeconfig, after=[namespaces])
-    )
-secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
-if stack.storage.classes or stack.storage.runs_local_path:
-    Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
 network = stack.network
-if network.multus and network.lan and stack.cluster.kind == "k3d":
-    args = MultusArgs(network.multus, network.lan, stack.cluster.cni, cluster, after=[namespaces])
-    Multus(name, args)
-ingress = None
-if stack.network.metallb:
-    metallb = MetalLB(name, MetalLBArgs(stack.network.metallb, cluster))
-    if stack.network.traefik:
-        ingress = Traefik(name, TraefikArgs(stack.network.traefik, cluster, after=[metallb]))
-argocd = None
-if stack.argocd and revision:
-    argocd = ArgoCD(name, ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets]))
-    if stack.argocd.clusters:
-        there = bool(revision.commit)
-        Federation(name, FederationArgs(stack.argocd, cluster, [namespaces, argocd], there))
+namespaces = access = ingress = argocd = None
+if cluster and declared.kubeconfig:
+    owners = stack.declared_namespaces()
+    limits = NamespacesArgs(owners, cluster, stack.namespaces, stack.storage.namespaces)
+    namespaces = Namespaces(name, limits)
+    if stack.access:
+        grants = AccessArgs(stack.access, cluster, declared.kubeconfig, after=[namespaces])
+        access = Access(name, grants)
+    secrets = Secrets(name, SecretsArgs(values, namespaces, cluster))
+    if stack.storage.classes or stack.storage.runs_local_path:
+        Storage(name, StorageArgs(stack.storage, cluster, after=[namespaces, secrets]))
+    if network.multus and network.lan and stack.cluster.kind == "k3d":
+        lan = MultusArgs(network.multus, network.lan, stack.cluster.cni, cluster, [namespaces])
+        Multus(name, lan)
+    if network.metallb:
+        metallb = MetalLB(name, MetalLBArgs(network.metallb, cluster))
+        if network.traefik:
+            ingress = Traefik(name, TraefikArgs(network.traefik, cluster, after=[metallb]))
+    if stack.argocd and revision:
+        bootstrap = ArgoCDArgs(stack.argocd, revision, cluster, after=[namespaces, secrets])
+        argocd = ArgoCD(name, bootstrap)
+        if stack.argocd.clusters:
+            there = bool(revision.commit)
+            Federation(name, FederationArgs(stack.argocd, cluster, [namespaces, argocd], there))
 tunnels = {}
 if stack.tunnels and stack.cloudflare:
     # Not above: Cloudflare's package costs seconds, and only who has a tunnel pays.
@@ -94,11 +90,10 @@ if stack.tunnels and stack.cloudflare:
 
     account = cloudflare_provider(stack.cloudflare)
     for key, tunnel in stack.tunnels.items():
-        args = CloudflareTunnelArgs(
-            stack.cloudflare, tunnel, account, engine, cluster, [namespaces]
-        )
+        after = [namespaces] if namespaces else []
+        args = CloudflareTunnelArgs(stack.cloudflare, tunnel, account, engine, cluster, after, host)
         tunnels[key] = CloudflareTunnel(key, args)
-if stack.tailscale and stack.tailscale.operator:
+if namespaces and cluster and stack.tailscale and stack.tailscale.operator:
     operator = TailscaleOperatorArgs(stack.tailscale.operator, cluster, after=[namespaces])
     TailscaleOperator(name, operator)
 
@@ -106,7 +101,7 @@ homelab.export(
     cluster=declared.output,
     acceptance=declared.acceptance,
     kubeconfig=declared.kubeconfig,
-    namespaces=namespaces.names,
+    namespaces=namespaces.names if namespaces else [],
     service_accounts=access and access.kubeconfigs,
     ingress=ingress and ingress.address,
     argocd=argocd and argocd.output,

@@ -33,6 +33,7 @@ import pulumi_kubernetes as kubernetes
 import homelab
 from components import settings, versions
 from components.cluster import Cluster
+from components.host import Host
 from components.ownership import deployment_name
 from components.settings.tunnel import CONNECTOR_RESOURCES, KEEPALIVE_RESOURCES
 
@@ -93,10 +94,12 @@ class CloudflareTunnelArgs:
     cloudflare: cloudflare.Provider
     docker: docker.Provider | None
     """Runs a connector of kind host."""
-    cluster: Cluster
-    """Runs a connector of kind cluster, on whose host one of kind host runs."""
+    cluster: Cluster | None
+    """Runs a connector of kind cluster; None for a stack whose cluster is off."""
     after: Sequence[pulumi.Resource] = ()
     """What an in-cluster connector needs first: its namespace."""
+    host: Host | None = None
+    """Runs a connector of kind host; by default the cluster's."""
 
 
 class CloudflareTunnel(pulumi.ComponentResource):
@@ -253,6 +256,13 @@ class CloudflareTunnel(pulumi.ComponentResource):
             opts=self._options,
         )
 
+    @property
+    def _cluster(self) -> Cluster:
+        cluster = self._args.cluster
+        if cluster is None:
+            raise TypeError(f"tunnel {self._name} is connected from a cluster that is off")
+        return cluster
+
     def _connect_from_cluster(
         self, connector: settings.ClusterConnector, token: pulumi.Output[str]
     ) -> None:
@@ -260,7 +270,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
         namespace and outside the cluster. One of its namespace that would cut it off is refused in
         the settings.
         """
-        args = self._args
+        args, cluster = self._args, self._cluster
         name, namespace = deployment_name(self._name), connector.namespace
         secret_name = settings.token_secret_name(self._name)
         # Not app.kubernetes.io/instance, by which ArgoCD tells what belongs to an application.
@@ -268,21 +278,21 @@ class CloudflareTunnel(pulumi.ComponentResource):
         labels = {**selector, "app.kubernetes.io/managed-by": "pulumi"}
         options = pulumi.ResourceOptions(
             parent=self,
-            provider=args.cluster.provider,
-            deleted_with=args.cluster.identity,
+            provider=cluster.provider,
+            deleted_with=cluster.identity,
             depends_on=list(args.after),
         )
         # Cloudflare refuses to delete a tunnel with live connectors, and a destroy skips the
         # Deployment, which goes with the cluster. So the tunnel waits for this: it comes before the
         # tunnel and after the Deployment is gone or skipped.
-        stop = args.cluster.host.command(
+        stop = cluster.host.command(
             f"stop {namespace}/{name}",
             ["connector", "status"],
-            {"kubeconfig": args.cluster.kubeconfig, "namespace": namespace, "deployment": name},
+            {"kubeconfig": cluster.kubeconfig, "namespace": namespace, "deployment": name},
             delete=["connector", "stop"],
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[self._tunnel, args.cluster.identity or args.cluster.provider],
+                depends_on=[self._tunnel, cluster.identity or cluster.provider],
             ),
         )
         secret = kubernetes.core.v1.Secret(
@@ -397,7 +407,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
         of other tunnels.
         """
         args = self._args
-        file = args.cluster.host.command(
+        host = args.host or self._cluster.host
+        file = host.command(
             # By its path: another path is another file, and the old one is removed.
             f"token {connector.token_file}",
             ["files", "write"],
@@ -444,7 +455,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
         """A Deployment without probes: an origin that does not answer is a line in its log and
         restarts nothing.
         """
-        args = self._args
+        args, cluster = self._args, self._cluster
         name, namespace = f"keepalive-{self._name}", connector.namespace
         selector = {"app.kubernetes.io/name": name}
         labels = {**selector, "app.kubernetes.io/managed-by": "pulumi"}
@@ -479,8 +490,8 @@ class CloudflareTunnel(pulumi.ComponentResource):
             },
             opts=pulumi.ResourceOptions(
                 parent=self,
-                provider=args.cluster.provider,
-                deleted_with=args.cluster.identity,
+                provider=cluster.provider,
+                deleted_with=cluster.identity,
                 depends_on=list(args.after),
             ),
         )

@@ -156,7 +156,8 @@ class Platform:
             value = versioned[1]
             if value is None and not optional:
                 raise pulumi.RunError(
-                    f"stack {self._stack} exports no {name}. Remedy: bring it up (pulumi up)."
+                    f"stack {self._stack} exports no {name}. Remedy: bring it up (pulumi up); one"
+                    " whose cluster is off (homelab:cluster.enabled) has none."
                 )
             return value
 
@@ -178,9 +179,9 @@ class Platform:
 
 def export(
     *,
-    cluster: pulumi.Input[Cluster],
+    cluster: pulumi.Input[Cluster] | None,
     acceptance: pulumi.Input[Acceptance] | None,
-    kubeconfig: pulumi.Input[str],
+    kubeconfig: pulumi.Input[str] | None,
     namespaces: pulumi.Input[list[str]],
     argocd: pulumi.Input[ArgoCD] | None,
     service_accounts: Mapping[str, pulumi.Input[str]] | None = None,
@@ -188,11 +189,13 @@ def export(
     tunnels: Mapping[str, pulumi.Input[Tunnel]],
     urls: pulumi.Input[Mapping[str, str]],
 ) -> None:
-    """Exports a stack's outputs under the names that :class:`Platform` reads."""
+    """Exports a stack's outputs under the names that :class:`Platform` reads. Where the cluster is
+    off, reading ``cluster`` or ``kubeconfig`` fails by name.
+    """
     pulumi.export("version", CONTRACT_VERSION)
     pulumi.export("cluster", cluster)
     pulumi.export("acceptance", acceptance)
-    pulumi.export("kubeconfig", pulumi.Output.secret(kubeconfig))
+    pulumi.export("kubeconfig", kubeconfig and pulumi.Output.secret(kubeconfig))
     pulumi.export("namespaces", namespaces)
     pulumi.export("serviceAccounts", service_accounts)
     pulumi.export("ingress", ingress)

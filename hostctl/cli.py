@@ -38,6 +38,17 @@ from hostctl.k3s_members import (
 )
 from hostctl.k3s_snapshots import k3s_snapshot_list, k3s_snapshot_restore, k3s_snapshot_take
 from hostctl.machine import Machine
+from hostctl.move import (
+    move_back,
+    move_cutover,
+    move_freeze,
+    move_import,
+    move_receive,
+    move_release,
+    move_status,
+    move_verify,
+    move_withdraw,
+)
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
@@ -123,6 +134,12 @@ _KUBECONFIG_EXAMPLE = "/etc/k3d/kubeconfig"
 _REPOSITORY_EXAMPLE = {"repository": "https://github.com/example/gitops", "path": "bootstrap"}
 
 
+_MOVE_EXAMPLE = {
+    "name": "factory",
+    "nonce": "0123456789abcdef",
+    "storage_dir": "/srv/k3d/storage",
+    "files": [{"name": "storage.tar", "bytes": 10240, "sha256": "(64 hex digits)"}],
+}
 _ITEM_EXAMPLES = [
     {
         "name": "keycloak",
@@ -223,6 +240,24 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("k3d", "kubeconfig"): Verb(
         k3d_kubeconfig, {"name": "factory", "server": "https://127.0.0.1:6443"}
     ),
+    ("move", "status"): Verb(move_status, {"name": "factory"}, _by_name),
+    ("move", "freeze"): Verb(
+        move_freeze,
+        {
+            "name": "factory",
+            "connectors": [{"namespace": "factory", "deployment": "cloudflared-factory"}],
+        },
+        _by_name,
+    ),
+    ("move", "receive"): Verb(move_receive, _MOVE_EXAMPLE),
+    ("move", "import"): Verb(
+        move_import, {**_MOVE_EXAMPLE, "datastore_dir": "/srv/k3d/storage-server"}
+    ),
+    ("move", "verify"): Verb(move_verify, {"name": "factory"}, _by_name),
+    ("move", "cutover"): Verb(move_cutover, {"name": "factory"}, _by_name),
+    ("move", "withdraw"): Verb(move_withdraw, {"name": "factory"}, _by_name),
+    ("move", "back"): Verb(move_back, {"name": "factory", "confirm": "factory"}, _by_name),
+    ("move", "release"): Verb(move_release, {"name": "factory", "confirm": "factory"}, _by_name),
     ("images", "digest"): Verb(images_digest, {"files": [_ARCHIVE_EXAMPLE]}),
     ("images", "import"): Verb(
         images_import,
@@ -451,7 +486,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--exit-zero", action="store_true", help="exit 0 whenever a JSON result was printed"
         )
-        if words == ("k3d", "delete"):
+        if words in (("k3d", "delete"), ("move", "back"), ("move", "release")):
             one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
         if words == ("clean",):
             one.add_argument("--dry-run", action="store_true", help="show what it would remove")

@@ -325,13 +325,7 @@ def node_kubeconfig(machine: Machine, cluster: Cluster) -> dict[str, str] | None
         if "Could not find the file" in ran.complaint or "No such" in ran.complaint:
             return None
         raise Failure("cannot-tell", step, ran.complaint, tool_remedy("docker", ran))
-    try:
-        with tarfile.open(fileobj=io.BytesIO(ran.out)) as archive:
-            member = archive.next()
-            file = archive.extractfile(member) if member else None
-            text = file.read().decode("utf-8") if file else ""
-    except (tarfile.TarError, UnicodeDecodeError):
-        text = ""
+    text = read_tar(ran.out)
     fields = {
         "ca": "certificate-authority-data",
         "certificate": "client-certificate-data",
@@ -345,6 +339,18 @@ def node_kubeconfig(machine: Machine, cluster: Cluster) -> dict[str, str] | None
         # Being written, or of a server that died in its first start.
         return None
     return {key: match.group(1) for key, match in found.items() if match}
+
+
+def read_tar(content: bytes) -> str:
+    """The text of an archive's first file, as `docker cp CONTAINER:FILE -` gives one; empty where
+    there is none."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            member = archive.next()
+            file = archive.extractfile(member) if member else None
+            return file.read().decode("utf-8") if file else ""
+    except (tarfile.TarError, UnicodeDecodeError):
+        return ""
 
 
 def identity_of(name: str, credentials: Mapping[str, str]) -> str:

@@ -17,9 +17,10 @@ from hostctl.waiting import size_text
 BACKUP_SPARE_BYTES = 256 * 1024 * 1024
 
 
-def back_up(machine: Machine, cluster: Cluster) -> str:
-    """Copies the stopped cluster's volumes and datastore next to the storage directory that is
-    really mounted (incident 6), verifies both, and returns the directory. Refuses without room."""
+def back_up(machine: Machine, cluster: Cluster, target: str | None = None) -> str:
+    """Copies the stopped cluster's volumes and datastore into ``target``, by default one next to
+    the storage directory that is really mounted (incident 6), verifies both, and returns the
+    directory. Refuses without room."""
     step = f"backing up cluster {cluster.name}"
     server = cluster.first
     storage = server.mount(STORAGE_IN_NODE)
@@ -41,7 +42,7 @@ def back_up(machine: Machine, cluster: Cluster) -> str:
             "copy each node's data by hand, then delete the cluster: "
             f"hostctl k3d delete {cluster.name} --confirm {cluster.name}",
         )
-    target = backup_directory(machine, cluster)
+    target = target or backup_directory(machine, cluster)
     size = machine.tree_bytes(data)
     # The datastore is copied twice, and the copies compared.
     refuse_without_room(machine, target, machine.tree_bytes(storage) + 2 * size, step, cluster.name)

@@ -42,6 +42,14 @@ from hostctl.live import (
     subnet_of,
 )
 from hostctl.machine import STATE_DIRECTORY, Machine, Ran, TookTooLong, ToolMissing
+from hostctl.moved import (
+    MOVED_PASSWORD,
+    PASSWORD_IN_NODE,
+    arriving,
+    moved_secrets,
+    refuse_from_nothing,
+    refuse_moved,
+)
 from hostctl.preflight import (
     create_errors,
     port_errors,
@@ -82,6 +90,9 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     a kill goes on with exactly those (see `resume`); nothing is ever rolled back (incident 2).
     """
     name = spec["name"]
+    move = arriving(read_record(machine, name))
+    if move:
+        _refuse_elsewhere(spec, move)
     refuse_create(name, create_errors(machine, spec))
     _refuse_listed(machine, name)
     _refuse_wrong_network(machine, spec)
@@ -96,7 +107,8 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     machine.make_directory(spec["datastore_dir"], 0o700, "root", "root")
     for number in range(spec["servers"]):
         data = f"{spec['datastore_dir']}/server-{number}"
-        set_aside(machine, data)
+        if not move:
+            set_aside(machine, data)
         machine.make_directory(data, 0o700, "root", "root")
     resolvers = "".join(f"nameserver {address}\n" for address in spec["resolvers"])
     machine.write_atomic(f"{directory}/resolv.conf", resolvers.encode(), 0o644)
@@ -104,7 +116,16 @@ def create(machine: Machine, spec: Mapping[str, Any]) -> None:
     if spec["audit"]:
         _write_audit_policy(machine, spec)
     config = f"{directory}/k3d.yaml"
-    machine.write_atomic(config, json.dumps(k3d_config(spec, nonce), indent=1).encode(), 0o600)
+    content = k3d_config(spec, nonce)
+    if move:
+        # What its datastore opens with: k3s takes neither another token nor another password of a
+        # node that it knows.
+        opens = moved_secrets(machine, name)
+        content["token"] = opens["token"]
+        if opens["password"]:
+            password = f"{MOVED_PASSWORD % name}:{PASSWORD_IN_NODE}:ro"
+            content["volumes"].append({"volume": password, "nodeFilters": ["server:0"]})
+    machine.write_atomic(config, json.dumps(content, indent=1).encode(), 0o600)
     audit = audit_digest(spec["audit"]["policy"]) if spec["audit"] else None
     write_record(machine, name, creating={"nonce": nonce, "at": utc(machine.now())}, audit=audit)
     say(f"creating cluster {name} from {spec['image']}")
@@ -128,6 +149,28 @@ def renew_audit_policy(machine: Machine, spec: Mapping[str, Any], cluster: Clust
         restart_container(machine, server.name)
         wait_ready(machine, spec, look(machine, cluster.name, spec["network"]["name"]))
     write_record(machine, cluster.name, audit=audit_digest(spec["audit"]["policy"]))
+
+
+def _refuse_elsewhere(spec: Mapping[str, Any], move: Mapping[str, Any]) -> None:
+    """A cluster that was imported comes up with what was imported, or not at all."""
+    declared = {
+        "storageDir": (spec["storage_dir"], move["storage_dir"]),
+        "datastoreDir": (f"{spec['datastore_dir']}/server-0", move["data"]),
+        "image": (spec["image"], move["image"]),
+        "servers and agents": (spec["servers"] + spec["agents"], 1),
+    }
+    wrong = [
+        f"{key} is {one}, imported {there}"
+        for key, (one, there) in declared.items()
+        if one != there
+    ]
+    if wrong:
+        raise Failure(
+            "refused",
+            f"creating cluster {spec['name']}",
+            "; ".join(wrong),
+            "declare what was imported; another image is taken afterwards (docs/upgrade.md)",
+        )
 
 
 def _refuse_listed(machine: Machine, name: str) -> None:
@@ -347,7 +390,14 @@ def delete(machine: Machine, name: str) -> None:
 def k3d_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     """Looks at a cluster and changes nothing: state, live facts, differences from the settings."""
     spec = cluster_spec(spec, "k3d inspect")
+    record = read_record(machine, spec["name"])
+    refuse_moved(spec["name"], record, "looking at")
     cluster = look(machine, spec["name"], spec["network"]["name"])
+    if cluster.state == "absent":
+        refuse_from_nothing(spec, record)
+        move = arriving(record)
+        if move:
+            _refuse_elsewhere(spec, move)
     refuse_docker_resolvers(machine, spec)
     refuse_unknown_interface(machine, spec)
     return {"cluster": inspected(machine, spec, cluster)}
@@ -361,9 +411,12 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     found: list[dict[str, Any]] = []
     warnings: list[tuple[str, str]] = []
     credentials, identity, namespaces = None, None, None
+    move = arriving(record)
     if cluster.state == "absent":
         warnings = [(one.what, one.remedy) for one in create_errors(machine, spec)]
-        unseen.append("namespaces and objects: the cluster does not exist")
+        identity = move["identity"] if move else None
+        why = "was imported and is not up yet" if move else "does not exist"
+        unseen.append(f"namespaces and objects: the cluster {why}")
     else:
         live = live_facts(machine, cluster, unseen)
         found = differences(machine, spec, cluster, live)
@@ -385,7 +438,7 @@ def inspected(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Re
     certificate = next_certificate_generation(machine, record, cluster, credentials)
     written = record.get("kubeconfig") or {}
     return {
-        "state": cluster.state,
+        "state": "imported" if move and cluster.state == "absent" else cluster.state,
         "detail": cluster.detail,
         "identity": identity,
         "generation": next_generation(record, agrees),
@@ -433,6 +486,7 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
     spec = cluster_spec(spec, "k3d ensure")
     name = spec["name"]
     with cluster_lock(machine, name):
+        refuse_moved(name, read_record(machine, name), "ensuring")
         continue_swap(machine, spec)
         cluster = look(machine, name, spec["network"]["name"])
         cluster = resume(machine, spec, cluster)
@@ -462,6 +516,8 @@ def k3d_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             delete(machine, name)
             cluster = look(machine, name, spec["network"]["name"])
         if cluster.state == "absent":
+            if not fixed:
+                refuse_from_nothing(spec, read_record(machine, name))
             create(machine, spec)
             changed = True
         elif any(one["key"] == "image" for one in found):
@@ -514,6 +570,14 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
         if key not in ("generation", "incarnation", "recreate", "confirm", "installs_k3d")
     }
     record = read_record(machine, name)
+    move = arriving(record)
+    if move and identity != move["identity"]:
+        raise Failure(
+            "failed",
+            f"ensuring cluster {name}",
+            f"its identity is {identity}, and that of the imported one is {move['identity']}",
+            f"it is another cluster: hostctl move withdraw {name}, and move it again",
+        )
     bootstrapped = record.get("argocd") if record.get("identity") == identity else None
     changes = {
         **given,
@@ -521,6 +585,7 @@ def _settle(machine: Machine, spec: Mapping[str, Any], cluster: Cluster) -> Resu
         "applied": applied,
         "creating": None,
         "argocd": bootstrapped,
+        **({"move": {**move, "step": "up", "at": utc(machine.now())}} if move else {}),
     }
     if any(record.get(key) != value for key, value in changes.items()):
         write_record(machine, name, **changes)
@@ -542,6 +607,7 @@ def k3d_start(machine: Machine, spec: dict[str, Any]) -> Result:
     """Starts a stopped cluster and waits for its API."""
     name = checked(spec, NAME_SPEC, "k3d start")["name"]
     with cluster_lock(machine, name):
+        refuse_moved(name, read_record(machine, name), "starting")
         cluster = present_cluster(machine, name, "starting")
         applied = read_record(machine, name).get("applied") or {}
         seconds = applied.get("api_wait_seconds", 1800)
@@ -584,6 +650,8 @@ def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
         if present:
             refuse_foreign(name, node_containers(machine, name))
             delete(machine, name)
+        if given["confirm"] == name and read_record(machine, name).get("move"):
+            write_record(machine, name, move=None)
         written = read_record(machine, name).get("kubeconfig")
         if written and given["confirm"] == name:
             remove_kubeconfig(machine, written)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hostctl.cluster import Cluster, Node, network_of
 from hostctl.machine import Machine
+from hostctl.moved import arriving
 from hostctl.record import read_record
 from hostctl.spec import AUDIT_ARGUMENT, SECRET_ARGUMENT
 from hostctl.tools import attempt
@@ -375,7 +376,7 @@ def next_incarnation(
     if not recorded:
         return f"{here}-1"
     known = record.get("identity")
-    gone = state == "absent" and known is not None
+    gone = state == "absent" and known is not None and not arriving(record)
     other = identity is not None and known is not None and identity != known
     if gone or other or renew:
         return f"{here}-{int(recorded.split('-')[1]) + 1}"

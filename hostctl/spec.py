@@ -377,6 +377,7 @@ CLUSTER_SPEC: dict[str, Any] = {
     "recreate": Value(or_null(CLUSTER_NAME), None),
     "confirm": Value(or_null(CLUSTER_NAME), None),
     "installs_k3d": Value(boolean, False),
+    "moved_from": Value(or_null(DNS_LABEL), None),
 }
 
 

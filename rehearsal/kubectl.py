@@ -82,7 +82,8 @@ class Kubectl:
     def _objects(self, namespace: str, resource: str) -> Iterator[Object]:
         """The objects of a kind, named as kubectl lets one: singular, plural, with its group."""
         word, _, group = resource.lower().partition(".")
-        for key, obj in self.api.world.list(f"{self.cluster}/{namespace}"):
+        below = f"{self.cluster}/{namespace}" if namespace else self.cluster
+        for key, obj in self.api.world.list(below):
             kind, _, of = key.split("/")[2].lower().partition(".")
             plural = kind[:-1] + "ies" if kind.endswith("y") else kind + "s"
             if kind.endswith("ss"):
@@ -106,9 +107,8 @@ class Kubectl:
                 if "--ignore-not-found" in flags:
                     return Ran(0, b"", b"")
                 raise
-        items = [
-            obj for word in what.split(",") for obj in self._objects(namespace or "_cluster", word)
-        ]
+        within = "" if "--all-namespaces" in flags else namespace or "_cluster"
+        items = [obj for word in what.split(",") for obj in self._objects(within, word)]
         if "--selector" in flags:
             items = [obj for obj in items if _selected(obj, flags["--selector"])]
         return Ran(0, json.dumps({"kind": "List", "items": items}).encode(), b"")
@@ -221,6 +221,7 @@ class Kubectl:
 
 _GET = {
     "--namespace",
+    "--all-namespaces",
     "--output",
     "--ignore-not-found",
     "--show-managed-fields",

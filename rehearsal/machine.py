@@ -808,6 +808,9 @@ class RehearsalMachine(Machine):
             place: [(os.path.basename(place), text.encode())]
             for place, text in node.get("layer", {}).items()
         }
+        bound = self._bound_file(node, path)
+        if bound is not None:
+            files[path] = [(os.path.basename(path), bound.encode())]
         if node["role"] == "server" and self._file(self._data(node)).is_dir():
             tree = self._tree(self._data(node))
             files[_DATASTORE] = [(f"server/{name}", content) for name, content in tree]
@@ -1063,6 +1066,14 @@ class RehearsalMachine(Machine):
                 return source
         return f"{self._volume(node)}/server"
 
+    def _bound_file(self, node: Object, path: str) -> str | None:
+        """The text of a host's file that is mounted there."""
+        for bind in node["binds"]:
+            source, destination = bind.split(":")[:2]
+            if destination == path and self._file(source).is_file():
+                return self.read(source).decode()
+        return None
+
     def _all_containers(self) -> list[Object]:
         found = [
             self._facts(cluster, node) for cluster in self.clusters() for node in cluster["nodes"]
@@ -1182,7 +1193,10 @@ class RehearsalMachine(Machine):
         if not node["name"].endswith("-server-0"):
             return None
         layer = node.setdefault("layer", {_ENTRYPOINT: ""})
-        password = layer.setdefault(_PASSWORD, self._random(f"password of {self._volume(node)}"))
+        given = self._bound_file(node, _PASSWORD)
+        password = given or layer.setdefault(
+            _PASSWORD, self._random(f"password of {self._volume(node)}")
+        )
         release = [int(part) for part in re.findall(r"\d+", k3s_version(node["image"]) or "")]
         tokens = [one for one in node.get("env", []) if one.startswith("K3S_TOKEN=")]
         opened = {"ca": cluster["ca"], "tokens": tokens, "password": password, "release": release}
@@ -1312,7 +1326,7 @@ class RehearsalMachine(Machine):
             }
         made = self.setting("clusters-made", 0) + 1
         self.set("clusters-made", made)
-        token = self._random(f"token {name} {made}")
+        token = config.get("token") or self._random(f"token {name} {made}")
         labels = {
             "k3d.cluster.token": token,
             "app": "k3d",
@@ -1586,6 +1600,7 @@ _CONFIG_KEYS: Object = {
     "image": str,
     "network": str,
     "subnet": str,
+    "token": str,
     "kubeAPI": {"host": str, "hostIP": str, "hostPort": str},
     "volumes": [{"volume": str, "nodeFilters": [str]}],
     "ports": [{"port": str, "nodeFilters": [str]}],

@@ -25,7 +25,8 @@ _BACKUP_SECONDS = 24 * 3600
 class LiveCluster:
     """What `hostctl k3d inspect` saw: facts of this moment, read before anything is registered.
 
-    The generations and ``incarnation`` stand still while the host agrees with the settings, so that
+    ``state`` is absent, running, stopped, or imported: moved here and not up yet. The generations
+    and ``incarnation`` stand still while the host agrees with the settings, so that
     healing once leaves nothing to do (design rule 3); that of the acceptance moves on until one is
     passed. ``identity`` is what the cluster's CA says. ``acceptance`` is the last one: its state,
     detail and remedy. ``warnings`` have what and remedy.
@@ -124,6 +125,11 @@ class LiveCluster:
         if self.state == "absent":
             pulumi.log.info(f"cluster {cluster.name} does not exist on {host}: up creates it")
             return
+        if self.state == "imported":
+            pulumi.log.warn(
+                f"cluster {cluster.name} was imported on {host} and is not up yet: up brings it up"
+                f" as {self.identity}. Its connectors wait for `hostctl move cutover`"
+            )
         elif self.state == "stopped":
             pulumi.log.warn(
                 f"cluster {cluster.name} on {host} is stopped: up starts it. After `up --refresh`"
@@ -151,7 +157,9 @@ def cluster_spec(
 ) -> dict[str, Any]:
     """The settings as `hostctl k3d inspect` and `ensure` take them."""
     multus = network and network.multus
+    moved = {"moved_from": cluster.moved_from} if cluster.moved_from else {}
     return {
+        **moved,
         "name": cluster.name,
         "image": cluster.image,
         "servers": cluster.servers,

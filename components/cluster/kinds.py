@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import pulumi
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """A cluster, its output for consumers, its kubeconfig as text, which is secret, and how its
-    acceptance went where its kind has one.
+    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, and
+    how its acceptance went where its kind has one.
     """
 
-    cluster: Cluster
-    output: pulumi.Output[homelab.Cluster]
-    kubeconfig: pulumi.Output[str]
+    cluster: Cluster | None = None
+    output: pulumi.Output[homelab.Cluster] | None = None
+    kubeconfig: pulumi.Output[str] | None = None
     acceptance: pulumi.Output[homelab.Acceptance] | None = None
 
 
@@ -62,6 +63,8 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
         connections = _connections(stack.cluster, stack.host, connection)
         k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
         return _K3s(stack.cluster, k3s, connection, connections)
+    if not stack.has_cluster:
+        return _Off(stack.cluster)
     # Not above: Docker's package costs time, and only who has a cluster in it pays.
     from components.cluster.k3d import LiveCluster
 
@@ -70,6 +73,26 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
         LiveUnits.read(stack),
     )
     return _K3d(stack, stack.cluster, connection.name, live, units)
+
+
+class _Off:
+    """A cluster that the settings describe and do not want yet, or no longer."""
+
+    answers = False
+    kubeconfig = None
+    nodes: Mapping[str, Connection] = MappingProxyType({})
+
+    def __init__(self, cluster: settings.K3dCluster) -> None:
+        self._name = cluster.name
+
+    def announce(self) -> None:
+        pulumi.log.info(
+            f"cluster {self._name} is off (homelab:cluster.enabled): neither it nor what would live"
+            " in it is declared"
+        )
+
+    def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
+        return Declared()
 
 
 class _K3d:

@@ -63,7 +63,7 @@ class Kubeconfig(pulumi.ComponentResource):
         content = args.live.kubeconfig or result(command).apply(lambda seen: seen["kubeconfig"])
         self.content = pulumi.Output.secret(content).apply(_checked)
         self.path = pulumi.Output.from_input(file.path)
-        sleeping = args.live.state == "stopped"
+        sleeping = args.live.state in ("stopped", "imported")
         self.provider = kubernetes.Provider(
             "kubernetes",
             kubeconfig=self.content,

@@ -16,6 +16,7 @@ from components.settings.model import (
     Hostname,
     Image,
     Model,
+    Name,
     Number,
     Port,
     Text,
@@ -413,6 +414,17 @@ class K3dCluster(Model):
         default=Acceptance(),
         description="The check after every change of the cluster: its API answers through its "
         "published port, and a pod resolves an external name.",
+    )
+    enabled: bool = Field(
+        default=True,
+        strict=True,
+        description="Whether the host has the cluster. Without it nothing that would live in it is "
+        "declared, nor a tunnel whose connector is not the host's.",
+    )
+    moved_from: Name | None = Field(
+        default=None,
+        description="The stack that the cluster is moved from: until it was imported on this host, "
+        "none is made (incident 16, docs/move.md).",
     )
     recreate: ClusterName | None = Field(
         default=None,

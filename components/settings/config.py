@@ -15,8 +15,8 @@ from components.settings.stack import Settings
 
 
 def load() -> Settings:
-    """The settings of the current stack. Raises SettingsError with all that is wrong in them, or
-    with all that another stack of the project has already.
+    """The settings of the current stack that are in force. Raises SettingsError with all that is
+    wrong in them, or with all that another stack of the project has already.
 
     The engine hands over every key of the stack file, with the defaults of Pulumi.yaml and
     encrypted values decrypted. Keys of other namespaces are the providers' and not ours.
@@ -42,7 +42,7 @@ def load() -> Settings:
             pulumi.log.warn(f"{other.file} is compared without this: {problem}")
     if taken := [problem for other in others for problem in collisions(stack, other)]:
         raise SettingsError(name, taken, stack_file.shows)
-    return settings
+    return settings.in_force
 
 
 def _parsed(value: Any) -> Any:

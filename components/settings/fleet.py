@@ -247,7 +247,9 @@ def _machine(stack: str, host: Host) -> str:
 
 
 def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
-    """All that must be a stack's own. What a new setting takes is to be added here."""
+    """All that must be a stack's own. What a new setting takes is to be added here. A cluster that
+    is off takes nothing: while one moves, both its stacks declare it."""
+    settings = settings.in_force
     host, cluster = settings.host, settings.cluster
     here = _ON_HOST + _machine(stack, host)
 
@@ -258,9 +260,11 @@ def _claims(stack: str, settings: Settings) -> Iterator[Claim]:
         except ValueError:
             pass  # a name
 
-    yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
+    if settings.has_cluster:
+        yield Claim("cluster name", cluster.name, ("cluster", "name"), cluster.name, here)
     if isinstance(cluster, K3dCluster):
-        yield from _claims_of_k3d(cluster, here)
+        if cluster.enabled:
+            yield from _claims_of_k3d(cluster, here)
     else:
         yield from _claims_of_nodes(cluster)
     # In front of k3d nodes a pool lies in their Docker network, which no other host sees.

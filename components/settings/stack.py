@@ -123,6 +123,27 @@ class Settings(Model):
     ) -> "Settings":
         return validated(cls, data, handler, info.context or {})
 
+    @property
+    def has_cluster(self) -> bool:
+        """Whether the cluster is to be there; one of others always is."""
+        return not isinstance(self.cluster, K3dCluster) or self.cluster.enabled
+
+    @property
+    def in_force(self) -> "Settings":
+        """The settings without what a cluster that is off would hold, its tunnels included: they
+        are another stack's for as long, or nobody's."""
+        if self.has_cluster:
+            return self
+        hosts = {
+            name: tunnel
+            for name, tunnel in self.tunnels.items()
+            if isinstance(tunnel.connector, HostConnector)
+        }
+        left_out = ("network", "storage", "namespaces", "secrets", "argocd", "tailscale")
+        fields = type(self).model_fields
+        of_cluster = {key: fields[key].default for key in (*left_out, "cleaning", "backups")}
+        return self.model_copy(update={**of_cluster, "tunnels": hosts})
+
     def declared_secrets(self) -> list[DeclaredSecret]:
         """All Secrets that the cluster shall hold: declared ones, their copies, and Tailscale's."""
         return [secret for _, secret in self._secrets_by_path()]
@@ -151,7 +172,7 @@ class Settings(Model):
     @property
     def needs_docker(self) -> bool:
         """Whether anything of the stack lives in the host's Docker engine."""
-        return isinstance(self.cluster, K3dCluster) or any(
+        return (isinstance(self.cluster, K3dCluster) and self.cluster.enabled) or any(
             isinstance(tunnel.connector, HostConnector) for tunnel in self.tunnels.values()
         )
 

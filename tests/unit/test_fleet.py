@@ -480,3 +480,14 @@ def test_a_cluster_or_a_namespace_of_it_has_one_argocd(
     found = list(collisions(*pair))
     assert bool(found) == collide
     assert {key_path(problem.path) for problem in found} <= {"homelab:argocd.clusters.metal"}
+
+
+def test_a_cluster_that_is_off_takes_nothing_and_its_host_tunnels_stay():
+    """Incident 16: while a cluster moves, both its stacks describe it."""
+    routes = {"inside": tunnel("a.example.org"), "host": on_host()}
+    routes["host"]["routes"] = [{"hostname": "b.example.org", "service": "http://localhost:80"}]
+    on = stack("old", tunnels=routes)
+    off = stack("new", cluster={"enabled": False}, tunnels={"inside": tunnel("a.example.org")})
+    assert list(collisions(off, on)) == []
+    host = stack("new", cluster={"enabled": False}, tunnels=routes)
+    assert {problem.path[1] for problem in collisions(host, on)} == {"host"}

@@ -47,7 +47,7 @@ def registered(run_program: Callable[..., Registered]) -> Registered:
         cluster = Cluster("tower", provider, None, "/kubeconfig", host, "tower-0123456789abcdef")
         owners = declared.declared_namespaces()
         privileged = declared.storage.namespaces
-        namespaces = Namespaces("tower", NamespacesArgs(owners, cluster, privileged))
+        namespaces = Namespaces("tower", NamespacesArgs(owners, cluster, privileged=privileged))
         Storage("tower", StorageArgs(declared.storage, cluster, after=[namespaces]))
 
     return run_program(program)
