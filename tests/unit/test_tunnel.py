@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import kubernetes_validate
@@ -25,7 +25,7 @@ import pytest
 
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, Host
+from components.host import Connection, Host, Question
 from components.ownership import deployment_name, refuse_two_owners
 from components.tunnel import (
     CloudflareTunnel,
@@ -784,10 +784,12 @@ FREE = {"exists": False, "managers": [], "argocd": None}
 
 
 def refuse(monkeypatch, connector: dict, owners: dict[str, dict]) -> None:
-    """Asks about a tunnel's connector; a Deployment that is not in ``owners`` fails."""
-    monkeypatch.setattr(
-        Connection, "answers", lambda _, questions: [owners[spec["name"]] for _, spec in questions]
-    )
+    """Asks about a tunnel's connector, whose Deployments are all free but for ``owners``."""
+
+    def answers(_: Connection, questions: Sequence[Question]) -> list[dict]:
+        return [owners.get(spec["name"], FREE) for _, spec in questions]
+
+    monkeypatch.setattr(Connection, "answers", answers)
     tunnel = settings.Tunnel.model_validate({"secret": SECRET, "connector": connector})
     connection = Connection(settings.Host.model_validate({}))
     connection.read(refuse_two_owners({"factory": tunnel}, "factory"))
