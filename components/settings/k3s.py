@@ -15,6 +15,7 @@ from components.settings.host import Address, DownloadUrl, Host, Jump, Sha256
 from components.settings.model import (
     AbsolutePath,
     Account,
+    Cron,
     Model,
     Name,
     Number,
@@ -33,7 +34,6 @@ VPN = IPv4Network("100.64.0.0/10")
 
 _QUALIFIED = r"(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?"
 _VALUE = r"(?:[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)?"
-_CRON = r"[0-9*,/-]+(?: [0-9*,/-]+){4}"
 # What the kubelet may not give itself (NodeRestriction).
 _RESERVED_LABEL = re.compile(r"(?:.*\.)?(?:kubernetes|k8s)\.io/.*")
 
@@ -88,15 +88,6 @@ JoinToken = Annotated[
         "make one: python3 -c 'import secrets; print(secrets.token_hex(32))'",
         "made-up-example-token",
         r"(?:K10[0-9a-f]{64}::server:)?[A-Za-z0-9_-]{16,256}",
-    ),
-]
-Cron = Annotated[
-    str,
-    Text(
-        "five fields of cron",
-        "write minute, hour, day, month and weekday",
-        "0 */12 * * *",
-        _CRON,
     ),
 ]
 Bucket = Annotated[

@@ -283,3 +283,17 @@ OpaqueSecret = Annotated[
         r"[!-~]+",
     ),
 ]
+
+
+_CRON_RANGE = r"[0-9]{1,2}(?:-[0-9]{1,2})?"
+_CRON_FIELD = rf"(?:\*|{_CRON_RANGE}(?:,{_CRON_RANGE})*)(?:/[0-9]{{1,2}})?"
+
+Cron = Annotated[
+    str,
+    Text(
+        "five fields of cron: minute, hour, day of the month, month, day of the week",
+        "write all five, in quotes",
+        "0 3 * * *",
+        rf"{_CRON_FIELD}(?: {_CRON_FIELD}){{4}}",
+    ),
+]

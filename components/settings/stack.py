@@ -391,17 +391,6 @@ class Settings(Model):
             if policy is None:
                 continue
             path: Path = ("namespaces", name, "networkPolicy")
-            if isinstance(self.cluster, K3dCluster) and (
-                "--disable-network-policy" in self.cluster.k3s_args
-            ):
-                yield Problem(
-                    path,
-                    None,
-                    "network policies where something enforces them",
-                    "remove --disable-network-policy from homelab:cluster.k3sArgs, or this policy",
-                    "is enforced by nothing",
-                    [("cluster", "k3sArgs")],
-                )
             for connectors, own in pods.items():
                 for pod in own:
                     if name in pod.origins and not policy.allows("ingress", connectors, name):

@@ -14,6 +14,7 @@ from components.settings.existing import ExistingCluster
 from components.settings.k3s import K3sCluster
 from components.settings.model import (
     AbsolutePath,
+    Cron,
     Model,
     Name,
     Number,
@@ -35,8 +36,6 @@ LOCAL_PATH = "local-path"
 """The class that k3s makes, and marks as default at each start."""
 _MADE_BY_LONGHORN = frozenset({"longhorn", "longhorn-static"})
 _CEPH_NODES = 3
-_CRON_RANGE = r"[0-9]{1,2}(?:-[0-9]{1,2})?"
-_CRON_FIELD = rf"(?:\*|{_CRON_RANGE}(?:,{_CRON_RANGE})*)(?:/[0-9]{{1,2}})?"
 _CHAP_KEYS = frozenset({"node.session.auth.username", "node.session.auth.password"})
 _S3_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 _CRYPTO_KEYS = frozenset({"CRYPTO_KEY_VALUE"})
@@ -150,15 +149,6 @@ Lun = Annotated[
 ]
 Retained = Annotated[
     int, Number("1 to 250 copies", "write a number in that range, without quotes", 7, 1, 250)
-]
-Cron = Annotated[
-    str,
-    Text(
-        "five fields of cron: minute, hour, day of the month, month, day of the week",
-        "write all five, in quotes",
-        "0 3 * * *",
-        rf"{_CRON_FIELD}(?: {_CRON_FIELD}){{4}}",
-    ),
 ]
 BackupTarget = Annotated[
     str,

@@ -220,9 +220,10 @@ def parse(command: str) -> Call:
     words = _words(command)
     address = ""
     if words and words[0] == "ssh":
-        address = words[words.index("--") + 1].rpartition("@")[2] if "--" in words[:-1] else ""
+        destination, words = _destination(words)
+        address = destination.rpartition("@")[2]
         # ssh joins the words with spaces and the remote shell splits them again.
-        words = _words(" ".join(_after_destination(words)))
+        words = _words(" ".join(words))
     if words[:2] == ["sudo", "-n"]:
         words = words[2:]
     if not words:
@@ -257,8 +258,8 @@ def _words(line: str) -> list[str]:
 _SSH_REQUIRED = ("BatchMode=yes", "StrictHostKeyChecking=yes")
 
 
-def _after_destination(words: list[str]) -> list[str]:
-    """The remote words of an ssh call that can neither ask nor accept an unknown host."""
+def _destination(words: list[str]) -> tuple[str, list[str]]:
+    """Where an ssh call goes that can neither ask nor accept an unknown host, and what it runs."""
     options, index = [], 1
     while index < len(words) and words[index].startswith("-") and words[index] != "--":
         if words[index] in ("-o", "-p", "-i", "-J", "-l", "-F"):
@@ -274,7 +275,8 @@ def _after_destination(words: list[str]) -> list[str]:
     # Without it ssh takes a destination or command that begins with a dash for an option.
     if "--" not in words[index : index + 2]:
         _refuse("ssh", "no -- before or after the destination")
-    return words[index + 2 :]
+    (destination,) = (word for word in words[index : index + 2] if word != "--")
+    return destination, words[index + 2 :]
 
 
 _one_at_a_time = threading.Lock()

@@ -1162,7 +1162,7 @@ def test_argocd_moves_from_commit_to_commit(live: Host) -> None:
         "commit": COMMIT,
         "namespace": "argocd",
     }
-    assert live("argocd apply", apply)["objects"] == 3
+    assert live("argocd apply", apply)["objects"] == 4
     assert "not all kinds are served yet" in live.said
     refs["refs/heads/main"] = "b" * 40
     live.machine.set("git.json", {RESOLVE["repository"]: {"refs": refs}})

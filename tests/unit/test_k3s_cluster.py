@@ -211,7 +211,9 @@ def test_one_server_makes_the_cluster_and_agents_are_told_of_it_alone(run: Any) 
 
 
 def test_servers_share_what_k3s_wants_the_same_on_all(run: Any) -> None:
-    declared = stack(three_servers=True, disable=["traefik"], secretsEncryption=True)
+    declared = stack(
+        three_servers=True, disable=["traefik", "local-storage"], secretsEncryption=True
+    )
     assert isinstance(declared.cluster, settings.K3sCluster)
     specs = [node_spec(declared.cluster, name) for name in declared.cluster.nodes]
     own = {"node-ip", "advertise-address"}

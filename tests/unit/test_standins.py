@@ -821,7 +821,7 @@ HOSTCTL = "/var/lib/homelab/hostctl"
         ),
         (
             f"{SSH} sudo -n {HOSTCTL} k3d ensure",
-            command.Call("installed", path=HOSTCTL, arguments=("k3d", "ensure")),
+            command.Call("installed", HOSTCTL, ("k3d", "ensure"), address="host"),
         ),
         (
             f"python3 -c '{BOOT}'",
@@ -829,11 +829,11 @@ HOSTCTL = "/var/lib/homelab/hostctl"
         ),
         (
             f"{SSH} 'python3 -c '\"'\"'{BOOT}'\"'\"''",
-            command.Call("shipped"),
+            command.Call("shipped", address="host"),
         ),
         (
             f"{SSH.removesuffix('me@host --')} -- me@host {HOSTCTL} k3d ensure",
-            command.Call("installed", path=HOSTCTL, arguments=("k3d", "ensure")),
+            command.Call("installed", HOSTCTL, ("k3d", "ensure"), address="host"),
         ),
         (f"sudo -n python3 -c 'import sys' {HOSTCTL}", command.Call("install", path=HOSTCTL)),
     ],
