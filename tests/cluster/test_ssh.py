@@ -249,7 +249,7 @@ def test_a_verb_changes_the_host_by_the_hostctl_that_was_installed_there(tmp_pat
 
 def test_a_refusal_of_the_host_comes_with_its_own_cause_and_remedy(connect):
     with pytest.raises(HostError, match=r"on host 127\.0\.0\.1 failed(.|\n)*Remedy: "):
-        connect().read(["files", "read"], {"files": [{"path": "relative"}]})
+        connect().read(ask(["files", "read"], {"files": [{"path": "relative"}]}))
 
 
 def test_an_unknown_host_key_is_refused_without_a_question(tmp_path, connect):

@@ -97,7 +97,8 @@ def test_a_host_out_of_reach_is_one_error_that_names_it_and_the_way_to_try(tmp_p
     preview = p510.preview(check=False)
     assert preview.code != 0
     (error,) = errors(preview)
-    assert "hostctl k3d inspect on host p510.example.org did not run" in error
+    verbs = "k3d inspect, units status, argocd resolve, files read"
+    assert f"hostctl {verbs} on host p510.example.org did not run" in error
     assert f"Cause: {timed_out}" in error
     assert "-- root@p510.example.org python3 --version` works without a question" in error
     assert {step.type for step in preview.steps} <= ENGINES_OWN

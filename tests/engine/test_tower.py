@@ -172,7 +172,7 @@ def test_once_up_nothing_is_left_to_do_and_the_kubeconfig_is_reachable(tower):
     assert kubeconfig["clusters"][0]["cluster"]["server"] == "https://10.89.97.201:6443"
     assert outputs["cluster"]["endpoint"] == "https://10.89.97.201:6443"
     assert outputs["cluster"]["k3sVersion"] == "v1.33.5+k3s1"
-    assert outputs["cluster"]["storageClass"] == "local-path"
+    assert outputs["cluster"]["storageClass"] == "longhorn-ssd"
     seen = tower.machine(MASTER).stat("/var/lib/homelab/kubeconfigs/tower")
     assert seen is not None
     assert (seen.mode, seen.owner) == (0o600, "root")
@@ -417,6 +417,8 @@ def test_destroy_needs_the_typed_name_and_then_leaves_no_k3s(tower):
     with tower.edited() as cluster:
         cluster["delete"] = "tower"
     tower.up()
+    longhorn = next(r["urn"] for r in tower.resources() if r["urn"].endswith("Release::longhorn"))
+    tower.pulumi("state", "unprotect", "--yes", longhorn)
     tower.destroy()
     assert tower.resources() == []
     for address in (MASTER, WORKER, SECOND):
