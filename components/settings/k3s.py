@@ -32,8 +32,10 @@ from components.settings.problem import HIDDEN, Path, Problem, key_path
 VPN = IPv4Network("100.64.0.0/10")
 """What Tailscale gives addresses from (RFC 6598)."""
 
-_QUALIFIED = r"(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?"
-_VALUE = r"(?:[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)?"
+# A label's value (apimachinery's IsValidLabelValue), and a key with its domain (IsQualifiedName).
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_VALUE = rf"(?:{_NAME})?"
+_QUALIFIED = rf"(?:[a-z0-9](?:[a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_NAME}"
 # What the kubelet may not give itself (NodeRestriction).
 _RESERVED_LABEL = re.compile(r"(?:.*\.)?(?:kubernetes|k8s)\.io/.*")
 

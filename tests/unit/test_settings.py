@@ -206,7 +206,11 @@ def rules(annotation: Any, path: str) -> Iterator[tuple[str, Any, Rule]]:
 
 RULES = {path: (annotation, rule) for path, annotation, rule in rules(Settings, "settings")}
 # Never part of a command line: a regular expression that goes to Cloudflare's API, and secrets.
-FREE = {"settings.tunnels.routes.path", "settings.cluster.k3s_args"}
+FREE = {
+    "settings.tunnels.routes.path",
+    "settings.cluster.k3s_args",
+    "settings.access.roles.rules.non_resource_urls",
+}
 NAMES = sorted(
     path
     for path, (annotation, rule) in RULES.items()
