@@ -205,7 +205,8 @@ def rules(annotation: Any, path: str) -> Iterator[tuple[str, Any, Rule]]:
 
 
 RULES = {path: (annotation, rule) for path, annotation, rule in rules(Settings, "settings")}
-# Never part of a command line: a regular expression that goes to Cloudflare's API, and secrets.
+# Never part of a command line: a regular expression that goes to Cloudflare's API, secrets, and the
+# wildcards of RBAC.
 FREE = {
     "settings.tunnels.routes.path",
     "settings.cluster.k3s_args",
