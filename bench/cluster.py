@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench.figure import Figure, say
 from hostctl import program
 from setup import cluster as rig
 from setup.cache import SetupError
-from tests.cluster.engine import NODE_IMAGE, Engine, engine
+from tests.cluster.engine import CLUSTER_SPEC, NODE_IMAGE, Engine, engine
 from tests.cluster.p510 import RealP510
 
 LIST_TARGET = 3.0
@@ -28,18 +27,7 @@ CREATE_TARGET = 1.15
 UNIT_TARGET = 0.5
 
 _NETWORK = ["docker", "network", "create", "--subnet", "172.30.0.0/16", "--gateway", "172.30.0.1"]
-_SPEC: dict[str, Any] = {
-    "name": "factory",
-    "image": NODE_IMAGE,
-    "servers": 1,
-    "agents": 0,
-    "disable": ["traefik", "servicelb"],
-    "api": {"bind": "127.0.0.1", "port": 6443, "server_name": None},
-    "resolvers": ["1.1.1.1", "9.9.9.9"],
-    "storage_dir": "/mnt/img_pool/k3d/storage",
-    "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
-    "api_wait_seconds": 600,
-}
+_SPEC = {**CLUSTER_SPEC, "api_wait_seconds": 600}
 # The same cluster, as a person would make it; k3d returns when the server says that it is up.
 _PLAIN = [
     "k3d", "cluster", "create", "factory", "--image", NODE_IMAGE, "--no-lb",

@@ -325,7 +325,12 @@ def node_kubeconfig(machine: Machine, cluster: Cluster) -> dict[str, str] | None
         if "Could not find the file" in ran.complaint or "No such" in ran.complaint:
             return None
         raise Failure("cannot-tell", step, ran.complaint, tool_remedy("docker", ran))
-    text = read_tar(ran.out)
+    return kubeconfig_credentials(read_tar(ran.out))
+
+
+def kubeconfig_credentials(text: str) -> dict[str, str] | None:
+    """``ca``, ``certificate`` and ``key``, base64, of a kubeconfig that k3s wrote; None while it is
+    being written, or of a server that died in its first start."""
     fields = {
         "ca": "certificate-authority-data",
         "certificate": "client-certificate-data",
@@ -336,7 +341,6 @@ def node_kubeconfig(machine: Machine, cluster: Cluster) -> dict[str, str] | None
         for key, name in fields.items()
     }
     if not all(found.values()):
-        # Being written, or of a server that died in its first start.
         return None
     return {key: match.group(1) for key, match in found.items() if match}
 

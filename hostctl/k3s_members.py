@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from hostctl.cluster import kubeconfig_credentials
 from hostctl.files import render_kubeconfig
 from hostctl.k3s_datastore import k3s_record, keep_token, set_token, write_k3s_record
 from hostctl.k3s_node import (
@@ -287,19 +287,8 @@ def k3s_kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
 
 def k3s_credentials(machine: Machine) -> dict[str, str] | None:
     """What k3s' own kubeconfig holds, in base64; None before it is written."""
-    fields = {
-        "ca": "certificate-authority-data",
-        "certificate": "client-certificate-data",
-        "key": "client-key-data",
-    }
     try:
         text = machine.read(K3S_KUBECONFIG).decode("utf-8", "replace")
     except FileNotFoundError:
         return None
-    found = {
-        key: re.search(rf"^\s*{name}:\s*([A-Za-z0-9+/=]+)\s*$", text, re.MULTILINE)
-        for key, name in fields.items()
-    }
-    if not all(found.values()):
-        return None
-    return {key: match.group(1) for key, match in found.items() if match}
+    return kubeconfig_credentials(text)

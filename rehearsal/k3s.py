@@ -221,7 +221,7 @@ class K3s:
         write(f"{K3S_DATA}/server/tls/server-ca.crt", ca, 0o644)
         serving = base64.b64decode(cluster["certificate"])
         write(f"{K3S_DATA}/server/tls/serving-kube-apiserver.crt", serving, 0o644)
-        write(K3S_KUBECONFIG, _kubeconfig(cluster).encode(), 0o600)
+        write(K3S_KUBECONFIG, kubeconfig(cluster).encode(), 0o600)
 
     def _say_node(self, cluster: Object, node: str, *, ready: bool) -> None:
         """The Node object, as the kubelet, and the node controller where it is silent, keep it."""
@@ -457,8 +457,8 @@ def _pem(what: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-def _kubeconfig(cluster: Object) -> str:
-    """/etc/rancher/k3s/k3s.yaml."""
+def kubeconfig(cluster: Object) -> str:
+    """/etc/rancher/k3s/k3s.yaml, or /output/kubeconfig.yaml in a node of k3d, as k3s writes it."""
     return f"""apiVersion: v1
 clusters:
 - cluster:

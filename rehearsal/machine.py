@@ -75,7 +75,7 @@ from hostctl.machine import TOOLS_DIRECTORY, Machine, Ran, Served, Stat, ToolMis
 from rehearsal.core import World
 from rehearsal.init import Usage as _Usage
 from rehearsal.init import is_mark, midclt, systemctl
-from rehearsal.k3s import K3s
+from rehearsal.k3s import K3s, kubeconfig
 
 Object = dict[str, Any]
 
@@ -815,7 +815,7 @@ class RehearsalMachine(Machine):
             tree = self._tree(self._data(node))
             files[_DATASTORE] = [(f"server/{name}", content) for name, content in tree]
         if "ca" in cluster and node["role"] == "server" and node.get("starts"):
-            text = _node_kubeconfig(cluster).encode()
+            text = kubeconfig(cluster).encode()
             files["/output/kubeconfig.yaml"] = [("kubeconfig.yaml", text)]
         if path not in files:
             return _failed(
@@ -1670,30 +1670,6 @@ def _pem(kind: str, content: bytes) -> str:
     """A PEM block that parses; what is in it is made up."""
     body = base64.b64encode(content).decode()
     return f"-----BEGIN {kind}-----\n{body}\n-----END {kind}-----\n"
-
-
-def _node_kubeconfig(cluster: Object) -> str:
-    """/output/kubeconfig.yaml as k3s writes it."""
-    return f"""apiVersion: v1
-clusters:
-- cluster:
-    certificate-authority-data: {cluster["ca"]}
-    server: https://127.0.0.1:6443
-  name: default
-contexts:
-- context:
-    cluster: default
-    user: default
-  name: default
-current-context: default
-kind: Config
-preferences: {{}}
-users:
-- name: default
-  user:
-    client-certificate-data: {cluster["certificate"]}
-    client-key-data: {cluster["key"]}
-"""
 
 
 def _archive(files: Iterable[tuple[str, bytes]]) -> bytes:

@@ -1,5 +1,6 @@
 """Fixtures of the tests that run hostctl on a real Docker: see README.md."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from setup import cluster
 from setup.cache import SetupError
-from tests.cluster.engine import NODE_IMAGE, Engine, engine
+from tests.cluster.engine import CLUSTER_SPEC, Engine, engine
 from tests.cluster.host import Host
 
 REQUIRED = "HOMELAB_CLUSTER_TESTS_REQUIRED"
@@ -59,19 +60,7 @@ def host(docker: Engine) -> Host:
 @pytest.fixture
 def spec() -> dict[str, Any]:
     """A ClusterSpec: that of p510, whose storage directory may be a small disk's."""
-    return {
-        "name": "factory",
-        "image": NODE_IMAGE,
-        "servers": 1,
-        "agents": 0,
-        "disable": ["traefik", "servicelb"],
-        "api": {"bind": "127.0.0.1", "port": 6443, "server_name": None},
-        "resolvers": ["1.1.1.1", "9.9.9.9"],
-        "storage_dir": "/mnt/img_pool/k3d/storage",
-        "datastore_dir": "/mnt/img_pool/k3d/storage-server",
-        "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
-        "api_wait_seconds": 120,
-    }
+    return copy.deepcopy(CLUSTER_SPEC)
 
 
 @pytest.fixture

@@ -22,6 +22,20 @@ from setup.cluster import Rig
 
 NODE_IMAGE = "rancher/k3s:v1.31.5-k3s1"
 """The stand-in's name in the engine: the image that p510 declares."""
+CLUSTER_SPEC: dict[str, Any] = {
+    "name": "factory",
+    "image": NODE_IMAGE,
+    "servers": 1,
+    "agents": 0,
+    "disable": ["traefik", "servicelb"],
+    "api": {"bind": "127.0.0.1", "port": 6443, "server_name": None},
+    "resolvers": ["1.1.1.1", "9.9.9.9"],
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "datastore_dir": "/mnt/img_pool/k3d/storage-server",
+    "network": {"name": "k3d-factory", "subnet": "172.30.0.0/16"},
+    "api_wait_seconds": 120,
+}
+"""p510's cluster as hostctl takes it; its storage directory may be a small disk's."""
 
 # k3d's own images, which the stand-in also plays.
 _HELPERS = {

@@ -7,7 +7,6 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ import yaml
 
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
-from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run
-from tests.engine.conftest import errors, planned
+from rehearsal.run import UNCHANGED, Run
+from tests.engine.conftest import StackRehearsal, errors, planned
 
 pytestmark = pytest.mark.engine
 
@@ -30,34 +29,22 @@ NODES = ("k3s-master", "k3s-worker-1", "k3s-worker-2")
 NEXT = "v1.34.1+k3s1"
 
 
-class Tower(Rehearsal):
+class Tower(StackRehearsal):
     """A rehearsal of tower whose settings and machines can be changed."""
 
+    name = "tower"
+
     def __init__(self, directory: Path, *, three_servers: bool = False) -> None:
-        config = yaml.safe_load((CHECKOUT / "Pulumi.tower.yaml").read_text())["config"]
-        self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
+        super().__init__(directory)
         if three_servers:
             make_three_servers(self.settings["cluster"])
-        super().__init__(directory, "tower", self.settings)
-
-    def copy(self, directory: Path) -> "Tower":
-        """The same stack in the same world once more, to go another way."""
-        shutil.copytree(self.directory, directory)
-        twin = copy.copy(self)
-        twin.directory = directory
-        return twin
+            self.set_config(self.settings)
 
     @contextmanager
     def edited(self) -> Iterator[dict[str, Any]]:
         """The settings of the cluster, to be changed within."""
-        settings = copy.deepcopy(self.settings)
-        yield settings["cluster"]
-        self.set_config(settings)
-        self.settings = settings
-
-    @property
-    def world(self) -> Path:
-        return self.directory / "world"
+        with super().edited() as settings:
+            yield settings["cluster"]
 
     @property
     def cluster_file(self) -> Path:
