@@ -6,7 +6,7 @@ from components.recovery.backend import mend
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, natural_key
 from components.recovery.look import look_up
-from components.recovery.state import Difference, described, differences, take
+from components.recovery.state import described, differences, refuse_to_overwrite, take
 
 
 def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
@@ -64,14 +64,3 @@ def _settle(engine: Engine, begun: list[dict[str, Any]]) -> None:
     for urn in taken:
         engine.say(f"exists, taken into the state: {described(urn)}")
     refuse_to_overwrite([d for d in differences(engine, taken) if d.overwrites] if taken else [])
-
-
-def refuse_to_overwrite(conflicts: list[Difference]) -> None:
-    """Raises RecoveryError if what was taken is not what is declared."""
-    if conflicts:
-        raise RecoveryError(
-            "what exists is not what is declared, and up would overwrite it:\n"
-            + "\n".join(f"  {conflict}" for conflict in conflicts)
-            + "\n  Cause: someone else made or changed it\n  Remedy: declare it as it is; or, if"
-            " what is declared shall hold, look at `pulumi preview --diff` and run `pulumi up`."
-        )

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.recovery.engine import Engine
+from components.recovery.engine import Engine, RecoveryError
 
 Resource = dict[str, Any]
 
@@ -57,13 +57,14 @@ def differences(engine: Engine, taken: Collection[str]) -> list[Difference]:
     """Where the resources of these URNs differ, by a preview."""
     steps = json.loads(engine.run("preview", "--json")).get("steps") or []
     return [
-        _difference(step)
+        difference(step)
         for step in steps
         if step["urn"] in taken and step["op"] not in ("same", "read", "refresh")
     ]
 
 
-def _difference(step: Mapping[str, Any]) -> Difference:
+def difference(step: Mapping[str, Any]) -> Difference:
+    """The difference that a step of a preview shows."""
     detailed = step.get("detailedDiff") or {}
     paths = sorted(detailed) or sorted(step.get("diffReasons") or [])
     kinds = {diff["kind"] for diff in detailed.values()}
@@ -74,3 +75,14 @@ def described(urn: str) -> str:
     """A resource in messages: its type and name."""
     type, _, name = urn.split("::", 2)[2].partition("::")
     return f"{type.rpartition('$')[2].rpartition(':')[2]} {name}"
+
+
+def refuse_to_overwrite(conflicts: list[Difference]) -> None:
+    """Raises RecoveryError if what was taken is not what is declared."""
+    if conflicts:
+        raise RecoveryError(
+            "what exists is not what is declared, and up would overwrite it:\n"
+            + "\n".join(f"  {conflict}" for conflict in conflicts)
+            + "\n  Cause: someone else made or changed it\n  Remedy: declare it as it is; or, if"
+            " what is declared shall hold, look at `pulumi preview --diff` and run `pulumi up`."
+        )
