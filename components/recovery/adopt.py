@@ -14,7 +14,7 @@ import yaml
 
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, is_unknown, natural_key
-from components.recovery.look import look_up
+from components.recovery.look import look_up, undeclared_secrets
 from components.recovery.state import (
     Difference,
     Resource,
@@ -57,7 +57,15 @@ def adopt(engine: Engine, take: bool = False) -> None:
     with _aside(engine, known) as aside:
         found = _find(aside)
         state = aside.export()
+        secrets = {
+            resource["id"]
+            for resource in state["deployment"]["resources"]
+            if resource["type"] == "kubernetes:core/v1:Secret"
+        }
+        undeclared = undeclared_secrets(aside, secrets)
     _report(engine, found)
+    for name in undeclared:
+        engine.say(f"Secret in the cluster that is declared nowhere: {name}")
     conflicts = [one for one in found.differences if one.overwrites]
     if not take:
         if conflicts:
