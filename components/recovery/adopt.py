@@ -20,6 +20,7 @@ from components.recovery.state import (
     Resource,
     described,
     difference,
+    read_anew,
     refuse_to_overwrite,
     take,
 )
@@ -133,9 +134,7 @@ def _find(aside: Engine) -> _Found:
         if entries:
             take(state["deployment"], _with_owners(plan, resources, entries))
             aside.import_(state)
-            aside.refresh([goal["urn"] for goal, _ in entries])
-            held = {one["urn"] for one in aside.export()["deployment"]["resources"]}
-            found.taken += [goal["urn"] for goal, _ in entries if goal["urn"] in held]
+            found.taken += sorted(read_anew(aside, {goal["urn"] for goal, _ in entries}))
     for step in steps:
         if step["urn"] in found.taken and step["op"] not in ("same", "read", "refresh"):
             found.differences.append(difference(step))

@@ -3,7 +3,7 @@ hostctl, and changes nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pulumi
@@ -121,35 +121,29 @@ def _at_cloudflare(
         raise pulumi.RunError("homelab:cloudflare is not set, but its objects are looked for")
     options = pulumi.InvokeOptions(provider=cloudflare_provider(stack.cloudflare))
 
-    def match(kind: str, scope: str, name: str | None, id: str) -> None:
-        key = Key(kind, scope, name or "")
-        if key in keys:
-            found[key].append(id)
-
     for kind, scope in sorted({(key.kind, key.scope) for key in keys}):
-        results: list[Any]
+        named: Iterable[tuple[Any, Any]]
         if kind == "tunnel":
-            results = cloudflare.get_zero_trust_tunnel_cloudflareds(
+            tunnels = cloudflare.get_zero_trust_tunnel_cloudflareds(
                 account_id=scope, is_deleted=False, max_items=_ALL, opts=options
-            ).results
-            for tunnel in results:
-                match(kind, scope, tunnel.name, tunnel.id)
+            )
+            named = ((one.name, one.id) for one in tunnels.results)
         elif kind == "Access policy":
-            results = cloudflare.get_zero_trust_access_policies(
+            policies = cloudflare.get_zero_trust_access_policies(
                 account_id=scope, max_items=_ALL, opts=options
-            ).results
-            for policy in results:
-                match(kind, scope, policy.name, policy.id)
+            )
+            named = ((one.name, one.id) for one in policies.results)
         elif kind == "Access application":
-            results = cloudflare.get_zero_trust_access_applications(
+            applications = cloudflare.get_zero_trust_access_applications(
                 account_id=scope, max_items=_ALL, opts=options
-            ).results
-            for application in results:
-                match(kind, scope, application.domain, application.id)
+            )
+            named = ((one.domain, one.id) for one in applications.results)
         else:
-            type = kind.removesuffix(" record")
-            results = cloudflare.get_dns_records(
-                zone_id=scope, type=type, max_items=_ALL, opts=options
-            ).results
-            for record in results:
-                match(kind, scope, record.name, record.id)
+            records = cloudflare.get_dns_records(
+                zone_id=scope, type=kind.removesuffix(" record"), max_items=_ALL, opts=options
+            )
+            named = ((one.name, one.id) for one in records.results)
+        for name, id in named:
+            key = Key(kind, scope, name or "")
+            if key in keys:
+                found[key].append(id)

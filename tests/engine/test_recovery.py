@@ -81,9 +81,13 @@ class Dev(Rehearsal):
 
 
 def ids(stack: Dev) -> dict[str, str]:
-    """Of what exists outside the state and of the Commands that say so; not of engine's own ids."""
+    """The ids of what the state holds of the world, and the field managers of what is Kubernetes'."""
     made = ("kubernetes:", "docker:", "cloudflare:")
-    return {r["urn"]: r["id"] for r in stack.resources() if r["type"].startswith(made)}
+    return {
+        r["urn"]: f"{r['id']} {r['outputs'].get('__fieldManager')}"
+        for r in stack.resources()
+        if r["type"].startswith(made)
+    }
 
 
 @contextlib.contextmanager
