@@ -3,7 +3,7 @@ hostctl, and changes nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pulumi
@@ -122,28 +122,26 @@ def _at_cloudflare(
     options = pulumi.InvokeOptions(provider=cloudflare_provider(stack.cloudflare))
 
     for kind, scope in sorted({(key.kind, key.scope) for key in keys}):
-        named: Iterable[tuple[Any, Any]]
+        field = "name"
+        results: Any
         if kind == "tunnel":
-            tunnels = cloudflare.get_zero_trust_tunnel_cloudflareds(
+            results = cloudflare.get_zero_trust_tunnel_cloudflareds(
                 account_id=scope, is_deleted=False, max_items=_ALL, opts=options
-            )
-            named = ((one.name, one.id) for one in tunnels.results)
+            ).results
         elif kind == "Access policy":
-            policies = cloudflare.get_zero_trust_access_policies(
+            results = cloudflare.get_zero_trust_access_policies(
                 account_id=scope, max_items=_ALL, opts=options
-            )
-            named = ((one.name, one.id) for one in policies.results)
+            ).results
         elif kind == "Access application":
-            applications = cloudflare.get_zero_trust_access_applications(
+            field = "domain"
+            results = cloudflare.get_zero_trust_access_applications(
                 account_id=scope, max_items=_ALL, opts=options
-            )
-            named = ((one.domain, one.id) for one in applications.results)
+            ).results
         else:
-            records = cloudflare.get_dns_records(
+            results = cloudflare.get_dns_records(
                 zone_id=scope, type=kind.removesuffix(" record"), max_items=_ALL, opts=options
-            )
-            named = ((one.name, one.id) for one in records.results)
-        for name, id in named:
-            key = Key(kind, scope, name or "")
+            ).results
+        for one in results:
+            key = Key(kind, scope, getattr(one, field) or "")
             if key in keys:
-                found[key].append(id)
+                found[key].append(one.id)

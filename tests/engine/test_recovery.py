@@ -81,7 +81,7 @@ class Dev(Rehearsal):
 
 
 def ids(stack: Dev) -> dict[str, str]:
-    """The ids of what the state holds of the world, and the field managers of what is Kubernetes'."""
+    """The ids of what the state holds of the world; of Kubernetes objects the field manager too."""
     made = ("kubernetes:", "docker:", "cloudflare:")
     return {
         r["urn"]: f"{r['id']} {r['outputs'].get('__fieldManager')}"
