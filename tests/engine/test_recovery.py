@@ -81,13 +81,9 @@ class Dev(Rehearsal):
 
 
 def ids(stack: Dev) -> dict[str, str]:
-    """The ids of what the state holds of the world; of Kubernetes objects the field manager too."""
+    """The ids of what the state holds of the world."""
     made = ("kubernetes:", "docker:", "cloudflare:")
-    return {
-        r["urn"]: f"{r['id']} {r['outputs'].get('__fieldManager')}"
-        for r in stack.resources()
-        if r["type"].startswith(made)
-    }
+    return {r["urn"]: r["id"] for r in stack.resources() if r["type"].startswith(made)}
 
 
 @contextlib.contextmanager
