@@ -42,8 +42,8 @@ def read_anew(engine: Engine, urns: Collection[str]) -> set[str]:
     """Has the providers read what was taken; those that are there stay in the state and are
     returned.
 
-    A Kubernetes object stays with the field manager that last applied it: of another one its next change
-    would be refused as a conflict (pulumi-kubernetes, provider.go, fieldManagerName).
+    A Kubernetes object stays with the field manager that last applied it: of another one its next
+    change would be refused as a conflict (pulumi-kubernetes, provider.go, fieldManagerName).
     """
     engine.refresh(sorted(urns))
     state = engine.export()
