@@ -12,10 +12,13 @@ from typing import Any
 from hostctl.certificates import DAY_SECONDS, EXPIRES_SOON_DAYS, validity_of
 from hostctl.cluster_backup import run_copy, time_stamp, utc
 from hostctl.k3s_datastore import (
+    conversion_is_young,
     convert_k3s,
     k3s_record,
     keep_token,
     set_token,
+    settle_k3s,
+    unconvert_k3s,
     write_k3s_record,
 )
 from hostctl.k3s_node import (
@@ -35,6 +38,7 @@ from hostctl.k3s_node import (
     k3s_config_text,
     k3s_digest,
     k3s_identity,
+    k3s_installed_version,
     k3s_kubectl,
     k3s_look,
     k3s_password,
@@ -348,6 +352,7 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
                 f"the restore of {name} was cut off; what starts now may be neither",
                 f"run `hostctl k3s snapshot restore` of {name} again",
             )
+        _end_conversion(machine, wanted, record, step)
         node = k3s_look(machine, wanted["cluster"], bool(record.get("pending")))
         incarnation = _incarnation(record, node, _known_identity(machine, node))
         changed: list[str] = []
@@ -357,12 +362,13 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             _refuse_fixed(machine, wanted, node, step)
         _refuse_version(machine, wanted, node, step)
         joins = _server_to_join(machine, wanted, node, step)
+        converts = node and wanted["role"] == "server" and _converts(machine, wanted, node)
         write_k3s_record(machine, wanted["cluster"], pending=wanted["version"], node=wanted["node"])
         unit = K3S_UNITS[wanted["role"]]
         if node and node.installed == "get.k3s.io":
             _adopt(machine, wanted, node)
             changed.append("adopted")
-        if node and wanted["role"] == "server" and _converts(machine, wanted, node):
+        if converts:
             convert_k3s(machine, wanted, unit)
             changed.append("datastore")
         if install_k3s_binary(machine, wanted):
@@ -376,7 +382,13 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             say(f"starting {unit} of {wanted['node']}")
             k3s_start_unit(machine, unit)
             changed.append("started")
-        k3s_wait(machine, wanted, unit, fresh="started" in changed)
+        try:
+            k3s_wait(machine, wanted, unit, fresh="started" in changed)
+        except Failure as failure:
+            if conversion_is_young(machine, wanted["cluster"]):
+                raise _go_back(machine, wanted, record, step, failure.cause) from None
+            raise
+        settle_k3s(machine, wanted["cluster"], wanted["datastore"])
         identity = k3s_identity(machine)
         generation = wanted["generation"]
         keep_token(machine, wanted["token"])
@@ -560,8 +572,58 @@ def _adopt(machine: Machine, wanted: Mapping[str, Any], node: K3sNode) -> None:
 def _converts(machine: Machine, wanted: Mapping[str, Any], node: K3sNode) -> bool:
     begun = k3s_record(machine, wanted["cluster"]).get("conversion")
     if node.datastore and node.datastore != wanted["datastore"]:
+        if node.version != wanted["version"]:
+            raise Failure(
+                "refused",
+                f"converting the datastore of {wanted['cluster']}",
+                f"{wanted['node']} is {node.version}, declared {wanted['version']}: of two changes "
+                "at once nobody could say which one failed; nothing was changed",
+                "convert in the version that runs, then upgrade",
+            )
         return True
     return bool(begun) and wanted["datastore"] == "sqlite"
+
+
+def _end_conversion(
+    machine: Machine, wanted: Mapping[str, Any], record: Mapping[str, Any], step: str
+) -> None:
+    """Finishes the way back of a conversion that was cut off on it, or is no longer declared."""
+    begun = record.get("conversion") or {}
+    if begun.get("verified", True):
+        return
+    if begun["to"] != wanted["datastore"]:
+        _go_back(machine, wanted, record, step, "another datastore is declared")
+    elif begun.get("back"):
+        raise _go_back(machine, wanted, record, step, "it had failed, and its way back was cut off")
+
+
+def _go_back(
+    machine: Machine,
+    wanted: Mapping[str, Any],
+    record: Mapping[str, Any],
+    step: str,
+    why: str,
+) -> Failure:
+    """Undoes a conversion, waits until the server serves again, and returns what to say of it.
+    Raises Failure when the server does not come up either."""
+    cluster, unit = wanted["cluster"], K3S_UNITS[wanted["role"]]
+    say(f"{why}: going back to the datastore of before")
+    former = unconvert_k3s(machine, cluster, unit)
+    version = k3s_installed_version(machine, K3S_BINARY)
+    before = {**wanted, "datastore": former, "version": version}
+    _write_files(machine, before, None, record.get("files") or [])
+    k3s_start_unit(machine, unit)
+    k3s_wait(machine, before, unit)
+    settle_k3s(machine, cluster, former)
+    write_k3s_record(machine, cluster, pending=None)
+    return Failure(
+        "failed",
+        step,
+        f"the conversion to {wanted['datastore']} failed and was undone: {why}; {wanted['node']} "
+        f"serves its {former} again, as it was before",
+        f"declare datastore {former}, or correct the cause and run up again; what was tried is in "
+        f"{K3S_DATA}/server.aside-*",
+    )
 
 
 def _write_files(

@@ -325,10 +325,10 @@ def _config(cluster: settings.K3sCluster, node: settings.K3sNode) -> dict[str, A
         "secrets-encryption": cluster.secrets_encryption,
         "write-kubeconfig-mode": "0600",
     }
-    if cluster.audit:
-        config["kube-apiserver-arg"] = [
-            f"{key}={value}" for key, value in cluster.audit.arguments().items()
-        ]
+    arguments = cluster.audit.arguments() if cluster.audit else {}
+    arguments |= cluster.api.oidc.arguments() if cluster.api.oidc else {}
+    if arguments:
+        config["kube-apiserver-arg"] = [f"{key}={value}" for key, value in arguments.items()]
     if snapshots := cluster.snapshots:
         config["etcd-snapshot-schedule-cron"] = snapshots.schedule
         config["etcd-snapshot-retention"] = snapshots.retention
