@@ -549,7 +549,11 @@ class K3sCluster(pulumi.ComponentResource):
             {"path": path, "content": self.kubeconfig, "mode": "0600"},
             secret=True,
             delete=["files", "remove"],
-            opts=pulumi.ResourceOptions(parent=self, depends_on=[way_in]),
+            # A destroy comes to it before it comes to any node, and goes no further. Nodes are not
+            # protected one by one: who takes one out of the settings means it.
+            opts=pulumi.ResourceOptions(
+                parent=self, depends_on=[way_in], protect=declared.delete != declared.name
+            ),
         )
         sleeping = live.kubeconfig is None and live.nodes[first].state != "absent"
         provider = kubernetes.Provider(
