@@ -44,7 +44,7 @@ if live.answers:
     connection.read(
         together(
             refuse_two_owners(stack.tunnels, name, live.kubeconfig),
-            check_classes(stack.storage, name, live.kubeconfig),
+            check_classes(stack.storage, name, live.kubeconfig, stack.storage_class),
         )
     )
 check_nodes(stack.storage, live.nodes, stack.node_names)

@@ -168,6 +168,7 @@ def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
                 "default": any(annotations.get(mark) == "true" for mark in _DEFAULT_MARKS),
                 "provisioner": one["provisioner"],
                 "part_of": labels.get("app.kubernetes.io/part-of", ""),
+                "created": metadata.get("creationTimestamp", ""),
             }
         else:
             spec_of = one.get("spec") or {}

@@ -16,7 +16,7 @@ from pydantic import (
 
 from components.settings.access import ClusterAccess
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import K3dCluster
+from components.settings.cluster import K3dCluster, StorageClass
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.k3s import OIDC_PREFIX, K3sCluster
@@ -168,6 +168,11 @@ class Settings(Model):
     def node_names(self) -> list[str]:
         """The nodes that the settings name; none where they are containers."""
         return [] if isinstance(self.cluster, K3dCluster) else list(self.cluster.nodes)
+
+    @property
+    def storage_class(self) -> StorageClass | None:
+        """The class of a k3d cluster's storageDir; other kinds name theirs alone."""
+        return self.cluster.storage_class if isinstance(self.cluster, K3dCluster) else None
 
     @property
     def needs_docker(self) -> bool:
