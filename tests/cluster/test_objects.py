@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from components import settings as settings_of
 from components import versions
+from components.cluster.k3s import _kube_vip
 from setup import cluster as rig
 from tests.cluster.host import Host
 from tests.engine.conftest import StackRehearsal
@@ -114,7 +116,11 @@ def stacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
         stack = kind(tmp_path_factory.mktemp(kind.name))
         with StackRehearsal.edited(stack) as settings:
             STACKS[kind](settings)
-        return kind.name, list(declared(stack))
+        made = list(declared(stack))
+        if kind is Tower:
+            # Of three servers with a virtual IP; k3s itself applies these.
+            made += _kube_vip(settings_of.VirtualIp(address="10.89.97.200", interface="eth0"))
+        return kind.name, made
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(objects, STACKS))
