@@ -299,7 +299,8 @@ class Settings(Model):
             "cleaning": "remove it: each node's kubelet removes unused images when its disk fills "
             "(imageGCHighThresholdPercent)",
             "backups": "remove it; the datastore of k3s is kept by homelab:cluster.snapshots, a "
-            "volume of Longhorn by homelab:storage.longhorn.jobs with task backup (docs/storage.md)",
+            "volume of Longhorn by homelab:storage.longhorn.jobs with task backup "
+            "(docs/storage.md)",
         }
         for key, remedy in remedies.items():
             if getattr(self, key).model_fields_set:

@@ -138,7 +138,8 @@ def check_classes(
                     f" default beside {storage.default}.\n    Remedy: {_unmark(name)}"
                 )
     elif own and own.default and own.name in seen["classes"]:
-        taken = _taken({**seen["classes"], own.name: {**seen["classes"][own.name], "default": True}})
+        mine = {**seen["classes"][own.name], "default": True}
+        taken = _taken({**seen["classes"], own.name: mine})
         if taken != own.name:
             problems.append(
                 f"claims that name no class get {taken}, which is newer than {own.name}"

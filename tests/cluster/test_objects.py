@@ -7,7 +7,6 @@ declares them, in a dry run of server-side apply. What is not asked is listed by
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
