@@ -986,7 +986,7 @@ class Kubernetes(Provider):
         if not has_unknown(news):
             try:
                 filled["version"], chart = self._chart(plain(filled))
-                values = plain(filled).get("values") or {}
+                values = plain(filled).get("values") if "values" in chart else None
                 failures += [
                     (
                         "values",
@@ -994,7 +994,7 @@ class Kubernetes(Provider):
                         f"chart(s):\n{plain(filled)['chart']}:\n"
                         f"- {where or '(root)'}: Additional property {key} is not allowed",
                     )
-                    for where, key in _unknown_values(values, chart.get("values"))
+                    for where, key in _unknown_values(values or {}, chart.get("values", []))
                 ]
             except ValueError as error:
                 reason = f"{error}; check the chart name and repository configuration."
@@ -1199,10 +1199,10 @@ def _united(first: Any, second: Any) -> Any:
 
 
 def _unknown_values(
-    values: Object, known: list[str] | None, where: str = ""
+    values: Object, known: list[str], where: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Where in a chart's values a key is that it does not know, and the key."""
-    for key, value in values.items() if known is not None else ():
+    for key, value in values.items():
         path = f"{where}.{key}" if where else key
         if path in known:
             continue

@@ -91,11 +91,12 @@ def declared(stack: StackRehearsal) -> Iterator[dict[str, Any]]:
         package, _, kind = step.type.partition(":")
         if package != "kubernetes" or not step.new:
             continue
+        inputs = step.new.inputs or {}
         group, kind = kind.rsplit(":", 1)
         if kind == "Release":
-            yield {"kind": kind, "metadata": {"name": step.new.inputs["chart"]}}
+            yield {"kind": kind, "metadata": {"name": inputs["chart"]}}
             continue
-        one = {"apiVersion": group.removeprefix("core/"), "kind": kind, **step.new.inputs}
+        one = {"apiVersion": group.removeprefix("core/"), "kind": kind, **inputs}
         if kind == "Secret":
             # No preview shows one, and test_p510.py makes those of p510, which are p620's too.
             one = {key: value for key, value in one.items() if key not in ("data", "stringData")}
