@@ -1198,9 +1198,7 @@ def _united(first: Any, second: Any) -> Any:
     return second
 
 
-def _unknown_values(
-    values: Object, known: list[str], where: str = ""
-) -> Iterator[tuple[str, str]]:
+def _unknown_values(values: Object, known: list[str], where: str = "") -> Iterator[tuple[str, str]]:
     """Where in a chart's values a key is that it does not know, and the key."""
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
