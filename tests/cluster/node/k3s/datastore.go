@@ -81,27 +81,42 @@ func (s *server) startDatastore(ctx context.Context, running *processes) ([]stri
 	if s.several() {
 		return s.startEtcd(ctx, running)
 	}
+	if err := s.startKine(ctx, running); err != nil {
+		return nil, err
+	}
+	return []string{"--etcd-servers=unix://" + filepath.Join(s.dir, "kine.sock")}, nil
+}
+
+// startKine starts SQLite behind kine and waits for it.
+func (s *server) startKine(ctx context.Context, running *processes) error {
 	database := filepath.Join(s.dir, "db", "state.db")
 	if err := os.MkdirAll(filepath.Dir(database), 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	socket := filepath.Join(s.dir, "kine.sock")
 	os.Remove(socket)
 	settings := "?_journal=WAL&cache=shared&_busy_timeout=30000&_txlock=immediate"
 	if err := running.start("kine", "--endpoint=sqlite://"+database+settings,
 		"--listen-address=unix://"+socket, "--metrics-bind-address=0"); err != nil {
-		return nil, err
+		return err
 	}
 	for !exists(socket) {
 		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return []string{"--etcd-servers=unix://" + socket}, nil
+	return nil
 }
 
 func (s *server) startEtcd(ctx context.Context, running *processes) ([]string, error) {
 	data := filepath.Join(s.dir, "db", "etcd")
+	var migrated map[string][]byte
+	if s.url == "" && !s.clusterReset && !exists(filepath.Join(data, "member")) {
+		var err error
+		if migrated, err = s.readSQLite(ctx); err != nil {
+			return nil, err
+		}
+	}
 	name := s.nodeName
 	peer := "https://" + s.address + ":2380"
 	cluster, state := name+"="+peer, "new"
@@ -149,6 +164,20 @@ func (s *server) startEtcd(ctx context.Context, running *processes) ([]string, e
 		}
 		say("info", "Waiting for etcd: %v", err)
 		if err := pause(ctx, 500*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+	if migrated != nil {
+		if err := writeAll(ctx, client, migrated); err != nil {
+			return nil, err
+		}
+		database := filepath.Join(s.dir, "db", "state.db")
+		if err := os.Rename(database, database+".migrated"); err != nil {
+			return nil, err
+		}
+	}
+	if !s.clusterReset {
+		if err := s.checkSeal(ctx, client); err != nil {
 			return nil, err
 		}
 	}
