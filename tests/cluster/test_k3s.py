@@ -8,6 +8,7 @@ and their k3s stand-ins; API servers, etcd, SSH and the download are real.
 import copy
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from components import host as host_module
 from components import settings
 from components.cluster.k3s import node_spec
-from components.host import Connection
+from components.host import Connection, Unreachable
 from hostctl import program
 from hostctl.k3s_node import k3s_token_digest
 from setup import cluster as rig
@@ -105,8 +106,7 @@ class Node:
         assert ran.returncode == 0, ran.stderr
 
     def look(self, verb: str, spec: dict[str, Any]) -> dict[str, Any]:
-        [answer] = self.connection.answers([(verb.split(), spec)])
-        return answer
+        return self.connection.look(verb.split(), spec)
 
     def run(self, verb: str, spec: dict[str, Any]) -> dict[str, Any] | None:
         """The result of a verb of the installed hostctl; None when it was killed."""
@@ -121,7 +121,9 @@ class Node:
 
     def do(self, verb: str, spec: dict[str, Any]) -> dict[str, Any]:
         """The result of a verb that must succeed."""
+        began = time.monotonic()
         result = self.run(verb, spec)
+        print(f"{time.monotonic() - began:.1f}", verb, self.name, flush=True)
         assert result, verb
         assert result["ok"], result["error"]
         return result
@@ -131,7 +133,14 @@ class Node:
         before yet; `killed` has them. Returns the result of the run that was left alone."""
         self.machine.write(KILLS, "")
         for _ in range(60):
-            if (result := self.run(verb, spec)) is not None:
+            began = time.monotonic()
+            result = self.run(verb, spec)
+            print(
+                f"{time.monotonic() - began:.1f}",
+                (self.machine.read(KILLS).splitlines() or [""])[-1][:150],
+                flush=True,
+            )
+            if result is not None:
                 break
         else:
             raise AssertionError(self.machine.read(KILLS))
@@ -150,6 +159,11 @@ class Node:
 
     def kubectl(self, *words: str) -> str:
         return self.machine.run(["/usr/local/bin/k3s", "kubectl", *words]).stdout
+
+    def silent(self, name: str) -> None:
+        """Waits until the cluster knows that a node is lost."""
+        unknown = "--for=jsonpath={.status.conditions[?(@.type=='Ready')].status}=Unknown"
+        self.kubectl("wait", unknown, f"node/{name}", "--timeout=90s")
 
     def members(self) -> list[str]:
         """Names of etcd's members, as this one has them."""
@@ -281,5 +295,114 @@ def tower() -> Iterator[Tower]:
 
 
 def test_a_cluster_comes_up_although_its_installation_is_killed_at_every_step(tower: Tower) -> None:
+    for name in (SERVERS[0], SERVERS[2]):
+        tower.nodes[name].was_killed_before(
+            r"tower.json .*pending",
+            "k3s.new",
+            "publish /usr/local/bin/k3s",
+            "homelab.token",
+            "config.yaml",
+            "k3s.service",
+            "systemctl daemon-reload",
+            "systemctl enable",
+            "systemctl restart",
+            "k3s-tokens",
+            r"tower.json .*generation",
+        )
     tower.assert_whole()
-    print("\n".join(tower.first.killed))
+
+
+def test_a_member_that_was_lost_comes_back(tower: Tower) -> None:
+    lost = tower.nodes[SERVERS[2]]
+    lost.machine.lose()
+    with pytest.raises(Unreachable, match="did not run"):
+        tower.inspect(lost.name)
+    tower.mark("meanwhile")
+    lost.machine.boot()
+    lost.do("k3s ensure", tower.ensured(lost.name))
+    assert lost.kubectl("get", "configmap", "meanwhile", "-o", "name")
+    tower.assert_whole()
+
+
+def test_a_first_server_that_lost_its_disk_joins_the_others(tower: Tower) -> None:
+    first, helper = tower.first, tower.nodes[SERVERS[1]]
+    first.machine.lose()
+    first.machine.run(["sh", "-c", "rm -rf /var/lib/rancher /var/lib/homelab /etc/rancher"])
+    first.machine.run(["sh", "-c", "rm -rf /usr/local/bin/k3s /etc/systemd/system/*"])
+    helper.silent(first.name)
+    forgotten = helper.killed_everywhere("k3s forget", tower.place(first.name))
+    assert forgotten["changed"] == ["deleted"]
+    assert helper.members() == SERVERS[1:]
+    first.machine.boot()
+    first.install()
+    assert first.killed_everywhere("k3s ensure", tower.ensured(first.name))["changed"]
+    tower.assert_whole()
+
+
+def test_an_upgrade_that_is_killed_at_every_step_loses_nothing(tower: Tower) -> None:
+    tower.version = NEXT
+    first, second = tower.first, tower.nodes[SERVERS[1]]
+    place = {"cluster": "tower", "name": "before-upgrade", "retention": 2, "version": NEXT}
+    first.killed_everywhere("k3s snapshot take", place)
+    first.was_killed_before("k3s etcd-snapshot save", "etcd-snapshot prune")
+    assert second.killed_everywhere("k3s drain", tower.place(first.name))["changed"] == ["drained"]
+    second.was_killed_before(f"drain {first.name}")
+    first.killed_everywhere("k3s ensure", tower.ensured(first.name))
+    first.was_killed_before(
+        "pending", "k3s.new", "publish", "daemon-reload", "restart", "tower.json"
+    )
+    second.killed_everywhere("k3s uncordon", tower.place(first.name))
+    second.was_killed_before(f"uncordon {first.name}")
+    for name in (*SERVERS[1:], AGENT):
+        first.do("k3s drain", tower.place(name))
+        tower.nodes[name].do("k3s ensure", tower.ensured(name))
+        first.do("k3s uncordon", tower.place(name))
+    tower.assert_whole()
+    tower.version = VERSION
+    refused = second.run("k3s ensure", {**tower.spec(second.name), "token": TOKEN})
+    assert "is older than" in refused["error"]["cause"]
+    tower.version = NEXT
+
+
+def test_a_snapshot_is_restored_although_it_is_killed_at_every_step(tower: Tower) -> None:
+    first, others = tower.first, [tower.nodes[name] for name in SERVERS[1:]]
+    target = {"cluster": "tower", "target": None}
+    taken = first.killed_everywhere("k3s snapshot take", {**target, "name": "nightly"})
+    assert taken["name"] in [
+        one["name"] for one in first.look("k3s snapshot list", target)["snapshots"]
+    ]
+    tower.mark("later")
+    asked = {**target, "name": taken["name"], "confirm": "tower", "readySeconds": 120}
+    assert "other servers run" in first.run("k3s snapshot restore", asked)["error"]["cause"]
+    for node in others:
+        node.killed_everywhere("k3s stop", {"cluster": "tower", "node": node.name})
+        node.was_killed_before("systemctl stop k3s.service")
+    restored = first.killed_everywhere("k3s snapshot restore", asked)
+    first.was_killed_before(
+        "systemctl stop", "tar --create", "during tar --create", "SHA256SUMS", "restoring",
+        "k3s server --cluster-reset", "during .* --cluster-reset", "systemctl restart", "tower.json",
+    )  # fmt: skip
+    assert restored["identity"] == tower.identity
+    for node in others:
+        node.killed_everywhere(
+            "k3s rejoin", {"cluster": "tower", "node": node.name, "confirm": node.name}
+        )
+        node.was_killed_before("systemctl stop", "server/db", "systemctl restart")
+    assert first.kubectl("get", "configmap", "later", "--ignore-not-found", "-o", "name") == ""
+    tower.assert_whole()
+
+
+def test_a_server_is_removed_and_joins_anew_although_it_is_killed_at_every_step(
+    tower: Tower,
+) -> None:
+    helper, gone = tower.first, tower.nodes[SERVERS[2]]
+    helper.killed_everywhere("k3s forget", tower.place(gone.name))
+    helper.was_killed_before(f"drain {gone.name}", f"delete node {gone.name}")
+    gone.killed_everywhere("k3s remove", {**tower.spec(gone.name), "token": TOKEN})
+    gone.was_killed_before(
+        "removing", "stop k3s", "disable", "k3s/server", "k3s.service", "tower.json"
+    )
+    assert tower.inspect(gone.name)["node"] is None
+    tower.assert_whole([*SERVERS[:2], AGENT])
+    gone.do("k3s ensure", tower.ensured(gone.name))
+    tower.assert_whole()
