@@ -231,7 +231,8 @@ def _processes(namespace: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and os.readlink(entry / "ns/pid") == namespace:
-                found.append(int(entry.name))
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                found += [int(entry.name)] if state not in "ZX" else []
     return found
 
 
