@@ -287,7 +287,8 @@ def systemctl(arguments: list[str]) -> int:
 
 
 def journalctl(arguments: list[str]) -> int:
-    options = dict(one.lstrip("-").partition("=")[::2] for one in arguments)
+    pairs = (one.lstrip("-").partition("=") for one in arguments)
+    options = {key: value for key, _, value in pairs}
     journal = RUN / f"journal-{options.pop('unit')}"
     count = int(options.pop("lines"))
     if options != {"output": "cat", "no-pager": ""}:
