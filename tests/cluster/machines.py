@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +48,11 @@ exec sleep infinity
 
 
 class Lan:
-    """The network, its releases of k3s and whoever logs in from it."""
+    """The network, its releases of k3s and whoever logs in from it; `root` is an empty directory for
+    their files."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.root = Path(tempfile.mkdtemp(prefix="homelab-lan-"))
+    def __init__(self, rig: Rig, root: Path) -> None:
+        self.rig, self.root = rig, root
         self.key = self.root / "id"
         self._machines: list[Machine] = []
         self._held = subprocess.Popen(
@@ -78,7 +77,7 @@ class Lan:
         for process in filter(None, (self._server, self._held)):
             process.kill()
             process.wait()
-        shutil.rmtree(self.root)
+        shutil.rmtree(self.root / "releases")
 
     def enter(self) -> list[str]:
         """The words before a command that run it in the network."""

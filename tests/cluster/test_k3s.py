@@ -35,7 +35,7 @@ KILLS = "/run/homelab-kills"
 # killed before yet, and once while a tool that takes long is at work.
 _KILLED = f'''
 def _dies(step, after=0.0):
-    step = re.sub(r"[0-9]{{4}}[-0-9TZ:]{{6,}}|[0-9a-f]{{12,}}|hostctl-\\w+|\\d{{9,}}", "*", step)
+    step = re.sub(r"[0-9]{{4}}[-0-9TZ:.]{{6,}}|[0-9a-f]{{12,}}|hostctl-\\w+|\\d{{9,}}", "*", step)
     try:
         with open("{KILLS}", "r+") as file:
             if step + "\\n" in file.readlines():
@@ -260,10 +260,10 @@ class Tower:
 
 
 @pytest.fixture(scope="module")
-def tower() -> Iterator[Tower]:
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tower]:
     """A cluster of three servers and an agent, whose first server was killed at every step of its
     installation, and whose last one at every step of joining."""
-    lan = Lan(rig.resolve())
+    lan = Lan(rig.resolve(), tmp_path_factory.mktemp("lan"))
     patch = pytest.MonkeyPatch()
 
     def run(command: str, stdin: str, **_: Any) -> Any:
