@@ -48,8 +48,7 @@ exec sleep infinity
 
 
 class Lan:
-    """The network, its releases of k3s and whoever logs in from it; `root` is an empty directory for
-    their files."""
+    """The network, its releases of k3s and whoever logs in from it; their files are in `root`."""
 
     def __init__(self, rig: Rig, root: Path) -> None:
         self.rig, self.root = rig, root
