@@ -21,6 +21,7 @@ from hostctl.k3s_datastore import (
     unconvert_k3s,
     write_k3s_record,
 )
+from hostctl.k3s_members import other_servers
 from hostctl.k3s_node import (
     K3S_BINARY,
     K3S_CONFIG,
@@ -41,6 +42,7 @@ from hostctl.k3s_node import (
     k3s_installed_version,
     k3s_kubectl,
     k3s_look,
+    k3s_member,
     k3s_password,
     k3s_release,
     k3s_spec,
@@ -63,6 +65,7 @@ from hostctl.record import cluster_lock, next_generation
 from hostctl.spec import CLUSTER_NAME, OBJECT_NAME, Value, checked, or_null
 from hostctl.tools import for_system, run_tool
 
+_LEAVES_SECONDS = 30
 _CERTIFICATES = ("server/tls/serving-kube-apiserver.crt", "agent/serving-kubelet.crt")
 _PROGRAM_REMEDIES = {
     "iscsiadm": (
@@ -763,6 +766,8 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
             return {"removed": False, "aside": []}
         # From here on it is half removed, and a run after a kill goes on.
         write_k3s_record(machine, wanted["cluster"], removing=True)
+        if node and node.role == "server" and node.state == "running":
+            _leave(machine, node, step)
         for unit in K3S_UNITS.values():
             if machine.exists(f"{K3S_UNIT_DIRECTORY}/{unit}"):
                 k3s_stop_unit(machine, unit)
@@ -794,6 +799,25 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
             generation=None,
         )
     return {"removed": True, "aside": aside}
+
+
+def _leave(machine: Machine, node: K3sNode, step: str) -> None:
+    """Takes a server that is a member again out of its cluster while it runs: k3s removes it from
+    etcd with its Node. After `k3s forget` systemd may have started it anew, and then it joined
+    (k3s issue 4023); stopped like that it would count in etcd's majority for good."""
+    name = node.node or ""
+    try:
+        is_alone = not k3s_member(machine, name, step) or not other_servers(machine, node, step)
+    except Failure:
+        # Without etcd, which it has left, its API does not answer.
+        return
+    if is_alone:
+        return
+    say(f"{name} is a member of its cluster: it leaves first")
+    k3s_kubectl(machine, ["delete", "node", name], step, timeout=120.0)
+    until = machine.now() + _LEAVES_SECONDS
+    while machine.served("127.0.0.1", 6443) and machine.now() < until:
+        machine.sleep(1)
 
 
 def _end_pods(machine: Machine, step: str) -> None:

@@ -42,8 +42,8 @@ MODULES = (
     "k3s_node",
     "k3s_service",
     "k3s_datastore",
-    "k3s",
     "k3s_members",
+    "k3s",
     "k3s_snapshots",
     "cli",
 )

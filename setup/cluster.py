@@ -74,17 +74,22 @@ def resolve() -> Rig:
     components = _go_programs(
         "node-components", NODE, COMPONENTS, ["go.mod", "go.sum"], "building them takes 10 minutes"
     )
-    kubectl = _go_programs(
-        "kubectl", NODE, {"kubectl": COMPONENTS["kubectl"]}, ["go.mod"], "the host's", _versioned()
+    versioned = _go_programs(
+        "versioned",
+        NODE,
+        {name: COMPONENTS[name] for name in ("kubectl", "kube-apiserver")},
+        ["go.mod"],
+        "those that say which version they are",
+        _versioned(),
     )
     stand_in = _go_programs(
         "node-k3s", NODE, {"k3s": "./k3s"}, ["go.mod", "go.sum", "k3s"], "the stand-in for k3s"
     )
     root = cache.install(
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
-        lambda directory: _node_root(directory, components, stand_in),
+        lambda directory: _node_root(directory, [components, versioned], stand_in),
     )
-    path = [k3d.directory, kubectl / "bin", components / "bin"]
+    path = [k3d.directory, versioned / "bin", components / "bin"]
     return Rig(path, engine / "bin", root / "root")
 
 
@@ -127,7 +132,8 @@ def _k3d_go(directory: Path) -> str:
 
 
 def _versioned() -> str:
-    """The linker's flags for a kubectl that says which it is: hostctl refuses one that does not."""
+    """The linker's flags for programs that say which they are: hostctl refuses a kubectl, and an
+    agent's API server, that does not."""
     pinned = (NODE / "go.mod").read_text().partition("k8s.io/kubernetes v")[2].split()[0]
     major, minor, _ = pinned.split(".")
     version = {"gitVersion": f"v{pinned}", "gitMajor": major, "gitMinor": minor}
@@ -215,7 +221,7 @@ def _iptables_flavour(root: Path, library: Path) -> str:
     raise SetupError(f"the kernel's packet filter cannot be used: {tried.stderr.strip()}")
 
 
-def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
+def _node_root(directory: Path, components: list[Path], stand_in: Path) -> str:
     """The root file system of the stand-in node: Debian's busybox, glibc and iptables, and ours."""
     root = directory / "root"
     debian.unpack("node", _NODE_PACKAGES, root)
@@ -235,8 +241,9 @@ def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
             link = root / "usr/sbin" / f"{name}{suffix}"
             link.unlink(missing_ok=True)
             link.symlink_to(f"xtables-{flavour}-multi")
-    for program in COMPONENTS:
-        shutil.copy2(components / "bin" / program, root / "usr/lib/k3s" / program)
+    for place in components:
+        for program in sorted((place / "bin").iterdir()):
+            shutil.copy2(program, root / "usr/lib/k3s" / program.name)
     shutil.copy2(stand_in / "bin" / "k3s", root / "bin" / "k3s")
     for name in ("kubectl", "crictl", "ctr"):
         (root / "bin" / name).symlink_to("k3s")

@@ -459,3 +459,16 @@ def test_the_kept_tokens_are_roots_alone(ha: HighlyAvailable) -> None:
     for name in kept:
         assert mode(machine, f"/var/lib/homelab/k3s-tokens/{name}") == 0o600
     assert MASTER not in str(kept)
+
+
+def test_a_server_that_joined_again_after_it_was_forgotten_leaves_before_it_is_removed(
+    ha: HighlyAvailable,
+) -> None:
+    assert ha.master("k3s forget", {"cluster": "tower", "node": "k3s-server-3"})["changed"]
+    # The run was cut off here, and systemd has started it again (k3s issue 4023).
+    ha.third.machine.run(["systemctl", "restart", "--no-block", "k3s.service"])
+    assert "k3s-server-3" in ha.cluster["members"]
+    assert ha.third("k3s remove", ha.joining(3))["removed"]
+    assert sorted(ha.cluster["members"]) == ["k3s-master", "k3s-server-2"]
+    ran = [call for call in ha.third.calls if "delete" in call or "stop" in call]
+    assert ("delete" in ran[0], "stop" in ran[1]) == (True, True)
