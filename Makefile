@@ -2,6 +2,9 @@
 PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
+TAKE ?=
+UNLOCK ?=
+DESTROY ?=
 MUTANTS ?=
 setup = $(PYTHON) -m setup
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
@@ -11,13 +14,19 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet mutants bench format
+.PHONY: help setup recover adopt rehearse test check fleet mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: ## install what is missing: uv, Pulumi, the Python packages
 	@$(setup)
+
+recover: ## go on after a run that died, from the lock it left: make recover STACK=p510
+	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) recover $(STACK) $(if $(DESTROY),--destroy)
+
+adopt: ## what exists and the state does not know; take it over: make adopt STACK=p510 TAKE=1
+	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) adopt $(STACK) $(if $(TAKE),--take)
 
 rehearse: ## preview, up, up again and outputs of a stack against stand-ins: make rehearse STACK=p510
 	@$(setup) -- .venv/bin/python -m rehearsal $(STACK)

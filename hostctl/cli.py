@@ -15,7 +15,7 @@ from hostctl.acceptance import k3d_accept
 from hostctl.argocd import argocd_apply, argocd_resolve
 from hostctl.backups import backup_list, backup_recover, backup_run
 from hostctl.clean import clean
-from hostctl.existing import cluster_inspect, metallb_wait
+from hostctl.existing import cluster_inspect, docker_find, metallb_wait
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
 from hostctl.images import images_digest, images_import
 from hostctl.install import install_k3d
@@ -415,6 +415,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "token": None,
             "confirm": "tower",
         },
+    ),
+    ("docker", "find"): Verb(
+        docker_find, {"containers": ["cloudflared-p510"], "networks": ["k3d-factory"]}
     ),
     ("units", "install"): Verb(units_install, _UNITS_EXAMPLE, _recorded_units),
     ("units", "status"): Verb(units_status, _UNITS_EXAMPLE, _recorded_units),
