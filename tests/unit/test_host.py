@@ -13,6 +13,7 @@ import pytest
 
 from components import settings
 from components.host import Connection, Host, HostError, ask, together
+from hostctl import program
 
 
 def connection(**host: Any) -> Connection:
@@ -80,11 +81,12 @@ def test_a_command_updates_in_place_and_a_secret_one_logs_nothing(run_program, s
 
 def test_the_install_line_writes_the_program_atomically(tmp_path):
     path = tmp_path / "new directory" / "hostctl"
-    line = connection(hostctl=str(path).replace(" ", "_")).install_line()
-    subprocess.run(["sh", "-c", line], input="#!/bin/sh\necho installed\n", text=True, check=True)
+    link = connection(hostctl=str(path).replace(" ", "_"))
+    subprocess.run(["sh", "-c", link.install_line()], input=link.program, text=True, check=True)
     installed = tmp_path / "new_directory" / "hostctl"
     assert installed.stat().st_mode & 0o777 == 0o755
-    assert subprocess.check_output([installed], text=True) == "installed\n"
+    assert installed.read_text() == program.text()
+    assert "broken night" in subprocess.check_output([installed, "--help"], text=True)
     assert [entry.name for entry in installed.parent.iterdir()] == ["hostctl"]
 
 
