@@ -612,12 +612,18 @@ def _kill(whom: str) -> None:
             os.kill(engine, signal.SIGKILL)
         # Whoever serves a dead engine ends soon, and this step must not go on until then.
         threading.Event().wait()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (entry / "cmdline").read_bytes()
-            is_program = b"--program" in command or b"pulumi-language-python-exec" in command
-            if is_program and os.getsid(int(entry.name)) == os.getsid(0):
-                os.kill(int(entry.name), signal.SIGKILL)
+    if whom == "program":
+        # A child of the engine's child, its language host.
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                is_program = b"--program" in command or b"pulumi-language-python-exec" in command
+                if is_program and _parent(_parent(int(entry.name))) == os.getppid():
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 # The protocol

@@ -31,14 +31,6 @@ class EveryKind(P510):
                 tunnel["routes"] = tunnel["routes"][:2]
             del settings["tailscale"]
 
-    def confirm_destroy(self) -> None:
-        """Types the names of what is protected, and applies that."""
-        with self.edited() as settings:
-            settings["cluster"]["delete"] = self.cluster
-            for name, tunnel in settings["tunnels"].items():
-                tunnel["delete"] = name
-        self.up()
-
 
 def state(stack: P510) -> dict[str, str]:
     """The inputs of all resources by URN, without what each life makes up anew."""
