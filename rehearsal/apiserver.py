@@ -670,9 +670,7 @@ class ApiServer:
         held = self.world.get(self._file("Namespace", "", namespace)) if namespace else None
         if held and held["metadata"].get("deletionTimestamp"):
             why = f"unable to create new content in namespace {namespace} because it is being"
-            raise ApiError(
-                "Forbidden", f'{resource.named} "{name}" is forbidden: {why} terminated'
-            )
+            raise ApiError("Forbidden", f'{resource.named} "{name}" is forbidden: {why} terminated')
 
     # MetalLB, once its chart is in the cluster
 

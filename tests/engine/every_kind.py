@@ -32,6 +32,20 @@ class EveryKind(P510):
             del settings["tailscale"]
 
 
+class Few(P510):
+    """p510 with one Secret and one gated route to the host: what is found by a natural key."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        with self.edited() as settings:
+            secrets = settings["secrets"]["factory"]
+            settings["secrets"] = {"factory": {"minio-creds": secrets["minio-creds"]}}
+            tunnel = settings["tunnels"]["p510"]
+            settings["tunnels"] = {"p510": {**tunnel, "routes": [tunnel["routes"][1]]}}
+            for section in ("tailscale", "argocd", "backups", "cleaning"):
+                del settings[section]
+
+
 def state(stack: P510) -> dict[str, str]:
     """The inputs of all resources by URN, without what each life makes up anew."""
     exported = json.loads(stack.pulumi("stack", "export", "--show-secrets").stdout)["deployment"]
@@ -64,6 +78,4 @@ def made_up(text: str) -> str:
 
 def kinds(stack: P510) -> dict[str, dict[str, Any]]:
     """One of the resources of each kind in the state, by kind; of the host's commands all."""
-    return {
-        r["type"] if "Command" not in r["type"] else r["urn"]: r for r in stack.resources()
-    }
+    return {r["type"] if "Command" not in r["type"] else r["urn"]: r for r in stack.resources()}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rehearsal.run import CHECKOUT, Rehearsal, Run, Secret
-from tests.engine.conftest import edited_file, errors, planned
+from tests.engine.conftest import edited_file, planned
 from tests.engine.every_kind import EveryKind, kinds, state, world
 
 pytestmark = pytest.mark.engine

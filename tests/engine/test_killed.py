@@ -1,11 +1,11 @@
-"""Killed anywhere: engine, program or a provider dies by SIGKILL at a step, and `make recover`, as
-often as it takes, ends where an undisturbed life does, with nothing made twice and nothing orphaned.
+"""Killed anywhere: engine, program or a provider dies by SIGKILL at a step, and `make recover` ends
+where an undisturbed life does, with nothing made twice and nothing orphaned.
 
 The stand-ins do the killing, since they know the step (`Faults` in rehearsal/core.py): before it,
 once it has changed the world and before the engine is told, and once the engine has recorded it.
-`make kill STACK=p510` kills at every step of up, of an edit and of destroy; a sample is tested:
+`make kill STACK=every-kind` kills at every step of up, of an edit and of destroy; a sample is tested:
 
-    .venv/bin/python -m tests.engine.test_killed p510
+    .venv/bin/python -m tests.engine.test_killed every-kind
 """
 
 import sys
@@ -18,8 +18,8 @@ import pytest
 
 from components.recovery import Engine, RecoveryError, recover
 from rehearsal.run import Secret
-from tests.engine.conftest import P510, K3dRehearsal, StackRehearsal, planned
-from tests.engine.every_kind import EveryKind, state, world
+from tests.engine.conftest import P510, StackRehearsal
+from tests.engine.every_kind import EveryKind, Few, state, world
 
 pytestmark = pytest.mark.engine
 
@@ -56,27 +56,16 @@ def outlive(stack: StackRehearsal, verb: Verb, faults: Sequence[Fault]) -> list[
 
 
 def edit(stack: StackRehearsal) -> None:
-    """A route and a Secret more, a route less: steps of each method."""
+    """A Secret more, and another hostname and origin for a route: steps of each method."""
     with stack.edited() as settings:
-        routes = settings["tunnels"]["factory"]["routes"]
-        routes[0] = {**routes[0], "hostname": "odin.example.org"}
+        route = settings["tunnels"]["p510"]["routes"][-1]
+        route.update(hostname="odin.example.org", service="http://localhost:9000")
         settings["secrets"]["factory"]["grafana"] = {"data": {"password": Secret("made up")}}
-        settings["tunnels"]["factory"]["connector"]["replicas"] = 3
 
 
-def assert_same(stack: K3dRehearsal, undisturbed: K3dRehearsal) -> None:
+def assert_same(stack: P510, undisturbed: P510) -> None:
     assert state(stack) == state(undisturbed)
     assert world(stack) == world(undisturbed)
-
-
-@pytest.fixture(scope="module")
-def edited(tmp_path_factory) -> EveryKind:
-    """A life of an up and an edit in which nothing died; not to be changed."""
-    stack = EveryKind(tmp_path_factory.mktemp("edited"))
-    stack.up()
-    edit(stack)
-    stack.up()
-    return stack
 
 
 def kill(whom: str, when: str, urn: str, method: str = "*") -> Fault:
@@ -84,32 +73,31 @@ def kill(whom: str, when: str, urn: str, method: str = "*") -> Fault:
 
 
 UP = [
-    kill("engine", "after", "*ZeroTrustTunnelCloudflared::factory", "Create"),
-    kill("provider", "after", "*ZeroTrustAccessApplication::argocd.example.org", "Create"),
+    kill("engine", "after", "*ZeroTrustTunnelCloudflared::p510", "Create"),
+    kill("provider", "after", "*ZeroTrustAccessApplication::sonarr.example.org", "Create"),
     kill("program", "before", "*Command::cluster", "Create"),
-    kill("engine", "after", "*Namespace::factory", "Create"),
-    kill("engine", "recorded", "*Deployment::factory/cloudflared-factory", "Create"),
+    kill("engine", "recorded", "*Namespace::factory", "Create"),
 ]
 EDIT = [
     kill("engine", "after", "*DnsRecord::odin.example.org", "Create"),
-    kill("engine", "after", "*DnsRecord::argocd.example.org", "Delete"),
+    kill("engine", "after", "*DnsRecord::sonarr.example.org", "Delete"),
 ]
 DESTROY = [
     kill("engine", "after", "*Container::cloudflared-p510", "Delete"),
-    kill("provider", "before", "*ZeroTrustTunnelCloudflared::factory", "Delete"),
-    kill("engine", "recorded", "*Command::cluster", "Delete"),
+    kill("provider", "before", "*Command::cluster", "Delete"),
 ]
 
 
-def test_a_life_that_is_killed_at_ten_points_ends_where_an_undisturbed_one_does(tmp_path, edited):
-    stack = EveryKind(tmp_path / "killed")
+def test_a_life_that_is_killed_at_eight_points_ends_where_an_undisturbed_one_does(tmp_path):
+    stack, undisturbed = Few(tmp_path / "killed"), Few(tmp_path / "undisturbed")
+    undisturbed.up()
+    edit(undisturbed)
+    undisturbed.up()
     assert len(outlive(stack, "up", UP)) == len(UP)
     edit(stack)
     assert len(outlive(stack, "up", EDIT)) == len(EDIT)
-    assert_same(stack, edited)
-    assert planned(stack.preview("--refresh")) == set()
+    assert_same(stack, undisturbed)
 
-    undisturbed = edited.copy(tmp_path / "undisturbed")
     for life in (stack, undisturbed):
         life.confirm_destroy()
     undisturbed.destroy()
@@ -152,8 +140,8 @@ def everywhere(make: Callable[[Path], P510], directory: Path) -> int:
 
 
 def stack_named(name: str) -> Callable[[Path], P510]:
-    """p510, or `every-kind`: p510 with just one or two resources of each kind."""
-    known: dict[str, Callable[[Path], P510]] = {"p510": P510, "every-kind": EveryKind}
+    """p510; `every-kind`, of whose resources it has one or two of each kind; or `few` of them."""
+    known: dict[str, Callable[[Path], P510]] = {"p510": P510, "every-kind": EveryKind, "few": Few}
     if name not in known:
         sys.exit(f"no kill matrix of stack {name!r}; there are: {', '.join(known)}")
     return known[name]
