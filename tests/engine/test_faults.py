@@ -184,8 +184,8 @@ def test_a_tunnel_deleted_behind_our_back_is_named_and_a_refresh_makes_it_anew(t
         shutil.rmtree(tmp_path / "world/cloudflare" / kind)
     stack.set_config(stack.settings("a", "b", "c", "d", "e"))
     text = said(stack.up("--continue-on-error", check=False))
-    assert re.search(r"TunnelCloudflaredConfig \(media\):\s+error: .*Tunnel not found", text)
-    mentioned("README.md", "Tunnel not found")
+    assert re.search(r"TunnelCloudflaredConfig \(media\):\s+error: .*404 Not Found", text)
+    mentioned("README.md", "404 Not Found")
 
     stack.up("--refresh")
     [tunnel] = stack.made("tunnel")
