@@ -14,7 +14,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recover adopt rehearse test check fleet mutants bench format
+.PHONY: help setup recover adopt rehearse test kill check fleet mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
+
+kill: ## kill a rehearsed up, edit and destroy at every step and recover, which takes hours: make kill STACK=every-kind
+	@$(setup) -- .venv/bin/python -m tests.engine.test_killed $(STACK)
 
 check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
 	@.venv/bin/ruff check

@@ -509,7 +509,8 @@ class Kubernetes(Provider):
         elif os.environ.get(REALLY) == "1":
             self._really_reach(entry, _active_user(config, context))
         elif (cluster := self._reached(entry)) is not None:
-            self.api, self.unreachable = ApiServer(self.world, cluster), ""
+            self.api = ApiServer(self.world, cluster, lambda: bool(self._reached(entry)))
+            self.unreachable = ""
 
     def _really_reach(self, entry: Object, user: Object) -> None:
         from rehearsal.real.apiserver import RealApiServer, Unreachable
