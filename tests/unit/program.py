@@ -26,8 +26,8 @@ class Program(Rehearsal):
 
     def __init__(self, directory: Path, stack: str) -> None:
         super().__init__(directory, stack)
-        self.config: Mapping[str, Any] = self._stack_file_config()
-        """As in the stack file, with `homelab:` before each key; secrets are made up."""
+        self.given: Mapping[str, Any] = self._stack_file_config()
+        """The stack file's config, with `homelab:` before each key; secrets are made up."""
         self.seen = Registered({})
         """What the last run registered, one that was refused too."""
 
@@ -48,7 +48,7 @@ class Program(Rehearsal):
             monitor=monitor,
             logger=logging.getLogger("pulumi"),
         )
-        given = self.config if config is None else config
+        given = self.given if config is None else config
         texts = {key: v if type(v) is str else json.dumps(v) for key, v in given.items()}
         pulumi.runtime.set_all_config(texts)
         try:
