@@ -6,6 +6,7 @@ changed place by place. `make test` runs a sample, `make fuzz` tens of thousands
 
 import copy
 import io
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from components.settings import Settings, SettingsError
 from components.settings.fleet import Stack, collisions
 from components.settings.model import Number, Text
+from components.settings.problem import key_path
 from components.settings.validation import _Node
 from hostctl import cli
 from rehearsal.providers.command import parse
@@ -94,6 +96,14 @@ def check(config: Any) -> None:
     assert len(lines) == 1 + len(error.problems)
     assert all(line.isprintable() and len(line) < 2000 for line in lines), lines
     str(error).encode()
+    for problem in error.problems:
+        # What a person pastes into a shell is that command and no other.
+        if problem.remedy.startswith("pulumi config set "):
+            words = shlex.shlex(problem.remedy, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            path = key_path(problem.path)
+            command = [word for word, _ in zip(words, range(6), strict=False)]
+            assert command[command.index("--path") + 1] == path, problem.remedy
 
 
 @examples(1500)
