@@ -2,6 +2,7 @@
 PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
+FUZZ ?= 40
 MUTANTS ?=
 setup = $(PYTHON) -m setup
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
@@ -11,7 +12,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet mutants bench format
+.PHONY: help setup rehearse test fuzz check fleet mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +25,9 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
+
+fuzz: setup ## hostile settings, specs and tools' output, FUZZ times what `make test` tries of them
+	@HOMELAB_FUZZ=$(FUZZ) .venv/bin/pytest -n 2 --dist worksteal tests/fuzz
 
 check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
 	@.venv/bin/ruff check

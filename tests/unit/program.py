@@ -22,12 +22,16 @@ STACKS = sorted(file.name.split(".")[1] for file in CHECKOUT.glob("Pulumi.*.yaml
 
 
 class Program(Rehearsal):
-    """The program of one of the stack files, and the hosts that it finds."""
+    """The program of a stack, and the hosts that it finds. Without a config it is that of the stack
+    file, with made-up secrets.
+    """
 
-    def __init__(self, directory: Path, stack: str) -> None:
-        super().__init__(directory, stack)
-        self.given: Mapping[str, Any] = self._stack_file_config()
-        """The stack file's config, with `homelab:` before each key; secrets are made up."""
+    def __init__(
+        self, directory: Path, stack: str, config: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(directory, stack, config)
+        self.given: Mapping[str, Any] = self._stack_file_config() if config is None else config
+        """The config, with `homelab:` before each key."""
         self.seen = Registered({})
         """What the last run registered, one that was refused too."""
 
