@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,11 +35,15 @@ Workload = tuple[str, str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def declared(tmp_path_factory: pytest.TempPathFactory) -> list[Workload]:
+    return everything(tmp_path_factory.mktemp("stacks"))
+
+
+def everything(directory: Path) -> list[Workload]:
     """All that the stacks and the examples declare."""
-    programs = [Program(tmp_path_factory.mktemp("stack"), stack) for stack in STACKS]
-    for config in EXAMPLES.values():
+    programs = [Program(directory / stack, stack) for stack in STACKS]
+    for name, config in EXAMPLES.items():
         given = {f"homelab:{key}": value for key, value in config.items()}
-        programs.append(Program(tmp_path_factory.mktemp("stack"), "example", given))
+        programs.append(Program(directory / name, "example", given))
     return [one for program in programs for one in of(program)]
 
 
