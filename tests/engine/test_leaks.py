@@ -188,7 +188,7 @@ class Story:
         self.seen |= {
             f"environment of {command}": environment
             for command, environment in self.environments.items()
-            if "language-python-exec" not in command
+            if "language-python-exec" not in command and "--program" not in command
         }
 
     def _note_processes(self, session: int, ended: threading.Event) -> None:
