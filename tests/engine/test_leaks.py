@@ -293,7 +293,7 @@ def check_that_all_is_searched_that_a_stack_leaves(story: Story) -> None:
     running = " ".join(story.processes)
     for program in ("pulumi\0up", "language-python", "providers.command", "providers.docker"):
         assert program in running
-    assert any("pulumi-resource-command" in name for name in story.seen if "environment" in name)
+    assert any("providers.command" in name for name in story.seen if "environment" in name)
     assert "ciphertext" in story.seen["output of stack export"].decode()
 
 

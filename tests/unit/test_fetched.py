@@ -28,7 +28,15 @@ FETCHING = {
 
 
 def test_nothing_else_fetches() -> None:
-    names = {"urlopen", "urlretrieve", "build_opener", "HTTPConnection", "HTTPSConnection", "download", "read_url"}
+    names = {
+        "urlopen",
+        "urlretrieve",
+        "build_opener",
+        "HTTPConnection",
+        "HTTPSConnection",
+        "download",
+        "read_url",
+    }
     found = {
         f"{path.relative_to(ROOT)}: {node.attr}"
         for package in ("setup", "hostctl", "components", "homelab", "policy")
