@@ -582,7 +582,9 @@ def main(
             place = place.tb_next
         line = place.tb_lineno if place else 0
         cause = f"{type(error).__name__} in line {line} of hostctl {HOSTCTL_VERSION}"
-        failure = Failure("failed", step, cause, "this is a defect of hostctl; report this line")
+        remedy = "report this line: a tool printed what hostctl does not know (`hostctl k3d doctor`"
+        remedy += " shows which versions there are), or it is a defect of hostctl"
+        failure = Failure("failed", step, cause, remedy)
         answer, code = _refusal(failure), EXIT_CODES["failed"]
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer), flush=True)

@@ -408,7 +408,11 @@ def _kube_vip(virtual_ip: settings.VirtualIp) -> list[dict[str, Any]]:
                 "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}},
             }
         ],
-        "securityContext": {"capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
     }
     pod = {
         "serviceAccountName": name,
