@@ -163,11 +163,11 @@ class Platform:
         return self._read("urls")
 
     @property
-    def backups(self) -> pulumi.Output[Mapping[str, Mapping[str, VerifiedRestore]]]:
-        """The last verified restore by target and item; none that never was. As of the stack's last
-        up.
+    def backups(self) -> pulumi.Output[Mapping[str, Mapping[str, VerifiedRestore]] | None]:
+        """The last verified restore by target and item, as of the stack's last up; None where there
+        was none yet.
         """
-        return self._read("backups", optional=True).apply(lambda backups: backups or {})
+        return self._read("backups", optional=True)
 
     def _read(self, name: str, *, optional: bool = False) -> pulumi.Output[Any]:
         def present(versioned: Sequence[Any]) -> Any:

@@ -1,8 +1,9 @@
 """What tests/cluster runs on: a Docker engine, k3d, and the root file system of a stand-in node.
 
 Taken from PATH where it is there in a suitable version, else as users have it, else from package
-registries: Go modules pinned in setup/k3d, setup/backup and tests/cluster/node, and Debian packages, which are
-unpacked into the cache and never installed, since a test changes nothing of the system.
+registries: Go modules pinned in setup/k3d, setup/backup and tests/cluster/node, and Debian
+packages, which are unpacked into the cache and never installed, since a test changes nothing of the
+system.
 """
 
 import hashlib

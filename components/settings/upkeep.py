@@ -189,7 +189,7 @@ class S3Target(_Target):
         strict=True,
         description="Whether it speaks HTTPS; the content is encrypted either way.",
     )
-    bucket: Bucket = Field(description="Its bucket; restic makes it where it may.")
+    bucket: Bucket = Field(description="Its bucket, which is there already.")
     folder: Name | None = Field(default=None, description="A folder in the bucket.")
     region: Name | None = Field(default=None, description="Its region, where it has several.")
     access_key: OpaqueSecret = Field(description="Its access key, encrypted.")

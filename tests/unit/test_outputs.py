@@ -37,8 +37,9 @@ WHOLE = {
     "backups": {"offsite": {"keycloak": RESTORE}},
 }
 
-# A stack without Argo CD; one that was last brought up before its cluster was accepted.
-MAY_LACK = ("argocd", "acceptance")
+# A stack without Argo CD; one that was last brought up before its cluster was accepted; one whose
+# backups were not restored yet.
+MAY_LACK = ("argocd", "acceptance", "backups")
 
 
 @pytest.fixture
