@@ -3,6 +3,7 @@ original never was. Keycloak's claim and k3s' datastore are those of a real k3d 
 """
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,8 @@ def write_keys(host: Host) -> None:
 @pytest.fixture
 def keycloak(host: Host, spec: dict[str, Any], network: str) -> Iterator[Host]:
     """A cluster whose Keycloak has written, the keys of the targets, and an S3 server."""
+    bucket = host.engine.root / "s3"
+    shutil.rmtree(bucket, ignore_errors=True)  # of the test before
     host.done("k3d", "ensure", spec={**spec, "generation": 1})
     listed = {"apiVersion": "v1", "kind": "List", "items": OBJECTS}
     host.kubectl("apply", "--filename=-", input=json.dumps(listed))
@@ -109,7 +112,6 @@ def keycloak(host: Host, spec: dict[str, Any], network: str) -> Iterator[Host]:
     sh(host, f"echo the realm > {VOLUME}/h2/keycloakdb.mv.db; chown -R 1000:0 {VOLUME}/h2")
     sh(host, "echo {} > /var/lib/homelab/pulumi/p510.json")
     write_keys(host)
-    bucket = host.engine.root / "s3"
     (bucket / "backups").mkdir(parents=True)
     server = ["versitygw", "--quiet", "--port", "127.0.0.1:9000", "posix", str(bucket)]
     keys = {"ROOT_ACCESS_KEY": "made-up-id", "ROOT_SECRET_KEY": SECRETS[1]}
