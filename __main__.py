@@ -109,4 +109,5 @@ homelab.export(
     urls=pulumi.Output.all(*(made.urls for made in tunnels.values())).apply(
         lambda urls: {hostname: url for each in urls for hostname, url in each.items()}
     ),
+    backups=declared.backups,
 )

@@ -1,8 +1,9 @@
 """What tests/cluster runs on: a Docker engine, k3d, and the root file system of a stand-in node.
 
 Taken from PATH where it is there in a suitable version, else as users have it, else from package
-registries: Go modules pinned in setup/k3d and tests/cluster/node, and Debian packages, which are
-unpacked into the cache and never installed, since a test changes nothing of the system.
+registries: Go modules pinned in setup/k3d, setup/backup and tests/cluster/node, and Debian
+packages, which are unpacked into the cache and never installed, since a test changes nothing of the
+system.
 """
 
 import hashlib
@@ -29,6 +30,10 @@ COMPONENTS = {
     "etcd": "go.etcd.io/etcd/server/v3",
     "kwok": "sigs.k8s.io/kwok/cmd/kwok",
     "coredns": "github.com/coredns/coredns",
+}
+BACKUP = {
+    "restic": "github.com/restic/restic/cmd/restic",
+    "versitygw": "github.com/versity/versitygw/cmd/versitygw",  # an S3 server
 }
 _IPTABLES = [
     "iptables",
@@ -85,11 +90,14 @@ def resolve() -> Rig:
     stand_in = _go_programs(
         "node-k3s", NODE, {"k3s": "./k3s"}, ["go.mod", "go.sum", "k3s"], "the stand-in for k3s"
     )
+    backup = _go_programs(
+        "backup-tools", HERE / "backup", BACKUP, ["go.mod", "go.sum"], "restic and an S3 server"
+    )
     root = cache.install(
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, [components, versioned], stand_in),
     )
-    path = [k3d.directory, versioned / "bin", components / "bin"]
+    path = [k3d.directory, versioned / "bin", components / "bin", backup / "bin"]
     return Rig(path, engine / "bin", root / "root")
 
 
