@@ -36,6 +36,7 @@ MODULES = (
     "argocd",
     "clean",
     "backups",
+    "watch",
     "units",
     "k3s_node",
     "k3s_service",

@@ -1,4 +1,4 @@
-"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups."""
+"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups, watching."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hostctl.spec import (
     text_matching,
 )
 from hostctl.tools import attempt, run_tool
+from hostctl.watch import WATCH_SPEC
 
 START_TRIES = 3
 START_PAUSE_SECONDS = 60
@@ -36,6 +37,15 @@ _UNIT_PATH = text_matching(
     r"(/(?!\.{1,2}(/|$))[A-Za-z0-9_@+=,.-]+)+",
     "an absolute path of letters, digits and _@+=,.- without '..'",
 )
+
+
+def _watching(value: Any) -> dict[str, Any]:
+    try:
+        return checked(value, WATCH_SPEC, "watch run")
+    except Failure as failure:
+        raise ValueError(f"what watch run takes: {failure.cause}") from None
+
+
 UNITS_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "hostctl": Value(_UNIT_PATH),
@@ -46,6 +56,8 @@ UNITS_SPEC: dict[str, Any] = {
     "backup": Value(or_null(_SCHEDULE), None),
     "keep": Value(number_between(1, 10000), 14),
     "items": Items(BACKUP_ITEM, []),
+    "watch": Value(or_null(_SCHEDULE), None),
+    "watching": Value(or_null(_watching), None),
     "generation": Value(or_null(number_between(0, 2**31)), None),
 }
 _SYSTEMD = "/etc/systemd/system"
@@ -66,9 +78,9 @@ def units_spec(spec: Any, verb: str) -> dict[str, Any]:
 
 
 def units_install(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Installs what starts and heals the cluster at boot, cleans and backs up on a schedule, in the
-    way of the host's init, and runs the start once to see that it works. Records the items of the
-    backup, which `backup run NAME` reads.
+    """Installs what starts and heals the cluster at boot, cleans, backs up and watches on a
+    schedule, in the way of the host's init, and runs the start once to see that it works. Records
+    what `backup run NAME` and `watch run NAME` read.
 
     systemd: units in /etc/systemd/system. NixOS: a module to import, as /etc is not ours. TrueNAS
     SCALE: an init script and cron jobs of its middleware, as an update leaves /etc behind.
@@ -269,6 +281,13 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
         texts[f"homelab-{name}-backup.timer"] = _timer(
             f"Back up what cluster {name} keeps", spec["backup"]
         )
+    if spec["watch"] and spec["watching"]:
+        texts[f"homelab-{name}-watch.service"] = (
+            _head(f"Watch cluster {name}")
+            + job
+            + f"ExecStart={program} watch run {name}\nTimeoutStartSec=1h\n"
+        )
+        texts[f"homelab-{name}-watch.timer"] = _timer(f"Watch cluster {name}", spec["watch"])
     return texts
 
 
@@ -314,7 +333,9 @@ def _stale(name: str, texts: Mapping[str, str]) -> list[str]:
 
 
 def _all_units(name: str) -> list[str]:
-    jobs = [f"homelab-{name}-{job}.{kind}" for job in ("clean", "backup") for kind in _KINDS]
+    jobs = [
+        f"homelab-{name}-{job}.{kind}" for job in ("clean", "backup", "watch") for kind in _KINDS
+    ]
     return [*jobs, f"homelab-{name}.service"]
 
 
@@ -503,6 +524,8 @@ def _middleware_entries(
     if spec["backup"] and spec["items"]:
         command = f"{program} backup run {name}; {program} backup recover {name}"
         jobs[f"homelab {name} backup"] = _cron_job(command, spec["backup"])
+    if spec["watch"] and spec["watching"]:
+        jobs[f"homelab {name} watch"] = _cron_job(f"{program} watch run {name}", spec["watch"])
     return [
         (*_INIT_SCRIPTS, {f"homelab {name} start": boot}),
         (*_CRON_JOBS, jobs),
