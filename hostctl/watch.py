@@ -72,7 +72,7 @@ def watch_run(machine: Machine, spec: dict[str, Any]) -> Result:
         numbers: dict[str, float] = {}
         answers = dict(_checks(machine, wanted, numbers))
         now = utc(machine.now())
-        told, trouble = _tell(machine, wanted, answers, set(former["told"]))
+        told, trouble = _tell_changes(machine, wanted, answers, set(former["told"]))
         if wanted["webhook"]:
             remedy = f"correct the URL in {wanted['webhook_file']} (homelab:watching.webhook)"
             answers["webhook"] = (
@@ -247,7 +247,7 @@ def _room(machine: Machine, name: str, directory: str, numbers: dict[str, float]
 # Telling
 
 
-def _tell(
+def _tell_changes(
     machine: Machine, wanted: Mapping[str, Any], answers: Mapping[str, Answer], told: set[str]
 ) -> tuple[set[str], str]:
     """Sends what turned bad or good since it was last told. Returns what is told to be bad now, and

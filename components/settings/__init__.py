@@ -70,7 +70,14 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
+from components.settings.upkeep import (
+    Backups,
+    Cleaning,
+    PostgresBackup,
+    VolumeBackup,
+    Watching,
+    Webhook,
+)
 
 __all__ = [
     "Acceptance",
@@ -143,6 +150,8 @@ __all__ = [
     "Tunnel",
     "VirtualIp",
     "VolumeBackup",
+    "Watching",
+    "Webhook",
     "auth_key_problem",
     "load",
     "missing_keys",

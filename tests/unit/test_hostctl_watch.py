@@ -1,5 +1,5 @@
-"""`hostctl watch`: what must work is looked at, told once when it turns bad and once when it is good
-again, and kept as metrics and a page. Messages go to a real HTTP server on loopback.
+"""`hostctl watch`: what must work is looked at, told once when it turns bad and once when it is
+good again, and kept as metrics and a page. Messages go to a real HTTP server on loopback.
 """
 
 import json
