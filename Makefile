@@ -4,6 +4,8 @@ STACK ?= p510
 TESTS ?=
 MUTANTS ?=
 setup = $(PYTHON) -m setup
+# make status JSON=1
+JSON ?=
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
 cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
 
@@ -11,7 +13,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet mutants bench format
+.PHONY: help setup rehearse test check fleet status doctor mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +37,12 @@ check: setup ## lint, format, types, import rule, schema, collisions of stacks; 
 
 fleet: setup ## whether two stacks want the same address, port, directory, hostname or name
 	@.venv/bin/python -m components.settings
+
+status: ## what is there now against what is declared: make status STACK=p510, JSON=1; exit 1 where it differs, 2 where it cannot tell
+	@$(setup) -- .venv/bin/python -m status $(if $(JSON),--json) $(STACK)
+
+doctor: ## what is wrong with the host of a stack, with remedies: make doctor STACK=p510
+	@$(setup) -- .venv/bin/python -m status --doctor $(if $(JSON),--json) $(STACK)
 
 mutants: ## show that each incident's test fails without its safeguard; one: MUTANTS=no-lock
 	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)

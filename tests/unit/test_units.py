@@ -36,7 +36,7 @@ STACK: dict[str, Any] = {
             "secret": base64.b64encode(b"made up for this test, 32 bytes.").decode(),
             "connector": {"kind": "external"},
             "routes": [
-                {"hostname": "web.example.org", "service": "http://web.web.svc.cluster.local:80"},
+                {"hostname": "web.example.org", "service": "http://localhost:80"},
                 {"hostname": "ssh.example.org", "service": "ssh://localhost:22"},
             ],
         }
