@@ -13,7 +13,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet status doctor mutants bench format
+.PHONY: help setup rehearse test check fleet status doctor diagram mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,13 +27,14 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
 
-check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
+check: setup ## lint, format, types, import rule, schema, collisions of stacks, pictures; no engine
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/pyright
 	@.venv/bin/lint-imports
 	@.venv/bin/python -m components.settings.schema --check
 	@.venv/bin/python -m components.settings
+	@.venv/bin/python -m diagram --check
 
 fleet: setup ## whether two stacks want the same address, port, directory, hostname or name
 	@.venv/bin/python -m components.settings
@@ -43,6 +44,9 @@ status: ## what is there now against what is declared: make status STACK=p510, J
 
 doctor: ## what is wrong with the host of a stack, with remedies: make doctor STACK=p510
 	@$(setup) -- .venv/bin/python -m status --doctor $(if $(JSON),--json) $(STACK)
+
+diagram: setup ## draw what a stack declares, docs/diagrams/<stack>.svg: make diagram STACK=p510
+	@.venv/bin/python -m diagram $(STACK)
 
 mutants: ## show that each incident's test fails without its safeguard; one: MUTANTS=no-lock
 	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)

@@ -190,13 +190,13 @@ def _common(
         for key, tunnel in stack.tunnels.items()
         if isinstance(tunnel.connector, settings.ClusterConnector)
     }
-    is_k3d = isinstance(stack.cluster, settings.K3dCluster)
+    k3d = stack.cluster if isinstance(stack.cluster, settings.K3dCluster) else None
     look = {
         "cluster": name,
         "kubeconfig": kubeconfig,
         "namespaces": sorted(declared),
         "containers": list(hosts.values()),
-        "directories": [stack.cluster.storage_dir] if is_k3d and questions else [],
+        "directories": [k3d.storage_dir] if k3d and questions else [],
     }
     asked = [
         *questions,
@@ -257,8 +257,7 @@ def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
         yield Row("cluster", name, "running", live["detail"] or live["state"], verdict, "pulumi up")
         for one in live["differences"]:
             if one["key"] != "state":
-                shown = [_shown(one[side]) for side in ("declared", "live")]
-                yield Row("cluster", one["key"], *shown, "bad", one["remedy"])
+                yield _difference(one["key"], one, one["remedy"])
         accepted = live["acceptance"]
         if accepted:
             passed = accepted["state"] == "passed"
@@ -282,6 +281,10 @@ def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
         for one in units["unseen"]:
             yield Row("host", "not seen", "", one, "unknown")
     yield from _backups(stack, backups)
+
+
+def _difference(what: str, one: Answer, remedy: str) -> Row:
+    return Row("cluster", what, _shown(one["declared"]), _shown(one["live"]), "bad", remedy)
 
 
 def _shown(value: Any) -> str:
@@ -374,7 +377,6 @@ def _k3s(cluster: settings.K3sCluster, host: settings.Host, connection: Connecti
             # Secrets are not compared: this reader has none.
             if one["key"] in ("state", "tokenDigest") or one["key"].startswith("config.etcd-s3-"):
                 continue
-            shown = [_shown(one[side]) for side in ("declared", "live")]
-            yield Row("cluster", f"{name}: {one['key']}", *shown, "bad", "pulumi up")
+            yield _difference(f"{name}: {one['key']}", one, "pulumi up")
         for one in answer["warnings"]:
             yield Row("cluster", f"node {name}", "", one["what"], "bad", one["remedy"])

@@ -53,7 +53,7 @@ class Hook:
                 self.send_response(200)
                 self.end_headers()
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *_: Any) -> None:
                 """pytest's output is no log."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
