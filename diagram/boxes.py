@@ -85,7 +85,7 @@ class Picture:
         drawing.extend(shapes)
         # Above the boxes, whose fill would hide them.
         drawing.extend(self._curves())
-        return drawing.as_svg() + "\n"
+        return f"{drawing.as_svg()}\n"
 
     def _draw(
         self, box: Box, x: float, y: float, width: float, depth: int
@@ -128,9 +128,7 @@ def _n(number: float) -> float:
     return round(number, 1)
 
 
-def _text(
-    text: str, size: int, x: float, y: float, fill: str, *, bold: bool = False
-) -> drawsvg.Text:
+def _text(text: str, size: int, x: float, y: float, fill: str, *, bold: bool = False) -> Any:
     more: dict[str, Any] = {"font_weight": "bold"} if bold else {}
     # A Text of several parts is given its first part like the others.
     element = drawsvg.Text("", size, _n(x), _n(y), fill=fill, font_family=_FONT, **more)

@@ -22,7 +22,7 @@ def picture(name: str, stack: settings.Settings) -> Picture:
     ]
     if stack.network.traefik:
         curves.append(("lan/ingress", "ingress"))
-    columns = [outside, [_host(stack)], [*_stores(stack)]]
+    columns = [outside, [_host(name, stack)], [*_stores(stack)]]
     return Picture(f"{name}: the declared platform", [one for one in columns if one], curves)
 
 
@@ -47,10 +47,6 @@ def _lan(network: settings.Network) -> Iterator[Box]:
     if lan.dhcp:
         lines.append(Line("DHCP", lan.dhcp))
     lines += [Line(name, address) for name, address in lan.reserved.items()]
-    if network.metallb:
-        lines += [
-            Line(f"MetalLB pool {pool.name}", pool.addresses) for pool in network.metallb.pools
-        ]
     if network.traefik:
         lines.append(Line("ingress", network.traefik.address, "lan/ingress"))
     if network.multus:
@@ -62,21 +58,21 @@ def _lan(network: settings.Network) -> Iterator[Box]:
     yield Box(f"LAN {lan.subnet}", lines, color=_LAN)
 
 
-def _host(stack: settings.Settings) -> Box:
+def _host(name: str, stack: settings.Settings) -> Box:
     cluster = stack.cluster
     inside = [_cluster(stack)]
     lines = []
-    for name, tunnel in stack.tunnels.items():
+    for key, tunnel in stack.tunnels.items():
         if not isinstance(tunnel.connector, settings.HostConnector):
             continue
         lines.append(Line(tunnel.connector.container, "container"))
-        lines += [Line(_place(one.service), "", f"{name}>{one.service}") for one in tunnel.routes]
+        lines += [Line(_place(one.service), "", f"{key}>{one.service}") for one in tunnel.routes]
     if lines:
         inside.append(Box("On the host", lines, color=_HOST))
     if isinstance(cluster, settings.K3dCluster):
-        where = stack.host.address or "this machine"
-        return Box(f"Host: {where}, Docker", (), inside, _HOST)
-    nodes = [Line(name, _node(node)) for name, node in cluster.nodes.items()]
+        host = stack.host.name or stack.host.address or name
+        return Box(f"Host {host}: Docker", (), inside, _HOST)
+    nodes = [Line(key, _node(node)) for key, node in cluster.nodes.items()]
     return Box(f"{len(nodes)} machines", nodes, inside, _HOST)
 
 
@@ -110,7 +106,7 @@ def _cluster(stack: settings.Settings) -> Box:
     if network.traefik:
         lines.append(Line("Traefik", "ingress", "ingress"))
     if network.metallb:
-        lines.append(Line("MetalLB"))
+        lines.append(Line("MetalLB", ", ".join(one.addresses for one in network.metallb.pools)))
     if network.multus:
         lines.append(Line("Multus", f"on {network.multus.interface}"))
     return Box(title, lines, list(_namespaces(stack)), _CLUSTER)
@@ -183,7 +179,7 @@ def _stores(stack: settings.Settings) -> Iterator[Box]:
     if storage.longhorn and storage.longhorn.backups:
         elsewhere.append(Line("Longhorn's backups", storage.longhorn.backups.target))
     if elsewhere:
-        yield Box("On other machines", elsewhere, color=_STORE)
+        yield Box("Shares", elsewhere, color=_STORE)
     backups = [
         Line(name, f"{item.kind}, {stack.backups.schedule}", f"backup/{name}")
         for name, item in stack.backups.items.items()

@@ -320,12 +320,12 @@ def _backups(stack: settings.Settings, answer: Answer) -> Rows:
 def _secrets(declared: Mapping[str, Sequence[str]], seen: Answer) -> Rows:
     for namespace, names in sorted(declared.items()):
         there = seen["secrets"].get(namespace)
-        count = f"{len(names)} Secrets"
+        count = str(len(names))
         if there is None:
             yield Row("secrets", namespace, count, "cannot tell", "unknown")
             continue
         missing = sorted(set(names) - set(there))
-        now = f"without {', '.join(missing)}" if missing else f"{len(names)}"
+        now = f"without {', '.join(missing)}" if missing else count
         yield Row("secrets", namespace, count, now, "bad" if missing else "fine", "pulumi up")
 
 
