@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import html
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -177,11 +179,18 @@ def _checks(
         yield f"route {hostname}", _route(machine, hostname)
     for directory in dict.fromkeys((wanted["storage_dir"], STATE_DIRECTORY)):
         yield f"room {directory}", _room(machine, name, directory, numbers)
-    run = (read_record(machine, name).get("runs") or {}).get("backup")
-    if run:
-        again = f"hostctl backup run {name}"
-        state = "passed" if run["ok"] else "failed"
-        yield "backup", Answer(state, run["cause"] or f"taken at {run['at']}", again)
+    record = read_record(machine, name)
+    for job in ("backup", "verify"):
+        run = (record.get("runs") or {}).get(job)
+        if run:
+            again = f"hostctl backup {'run' if job == 'backup' else job} {name}"
+            state = "passed" if run["ok"] else "failed"
+            yield job, Answer(state, run["cause"] or f"done at {run['at']}", again)
+    for target, items in (record.get("verified") or {}).items():
+        for item, seen in items.items():
+            at = calendar.timegm(time.strptime(seen["at"], "%Y-%m-%dT%H:%M:%SZ"))
+            labels = f'{{target="{target}",item="{item}"}}'
+            numbers[f"restore_verified_time_seconds{labels}"] = at
 
 
 def _certificates(

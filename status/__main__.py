@@ -44,10 +44,13 @@ def main() -> int:
         for one in refused
     ]
     look = doctor if options.doctor else status
-    if not options.doctor:
-        rows += state_of(options.stack, options.project)
     try:
+        if not options.doctor:
+            rows += state_of(options.stack, options.project)
         rows += through_engine(lambda: look(stack))
+    except FileNotFoundError:
+        print("pulumi is not on PATH: `make setup` says where it is", file=sys.stderr)
+        return 2
     except automation.CommandError as error:
         rows.append(Row("host", "Pulumi", "runs", _cause(str(error)), "unknown", "make setup"))
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))

@@ -148,15 +148,19 @@ class Claim:
 
 def read_file(file: FilePath) -> tuple[Settings, list[Problem]]:
     """The settings in a stack file without what is encrypted, for a reader who has no passphrase,
-    and what of the rest is refused. Raises SettingsError where that is too much, OSError,
-    ValueError, AttributeError or YAMLError where the file cannot be understood.
+    and what of the rest is refused. Raises SettingsError where that is too much, OSError or
+    ValueError where the file cannot be understood.
     """
-    content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
-    ours = {
-        key.removeprefix(NAMESPACE): value
-        for key, value in ((content or {}).get("config") or {}).items()
-        if key.startswith(NAMESPACE)
-    }
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
+        config = (content or {}).get("config") or {}
+        ours = {
+            key.removeprefix(NAMESPACE): value
+            for key, value in config.items()
+            if key.startswith(NAMESPACE)
+        }
+    except (AttributeError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from None
     left_out: list[Problem] = []
     context = {"source": file.name, "left_out": left_out}
     settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
@@ -206,7 +210,7 @@ class Stack:
             settings, left_out = read_file(file)
         except SettingsError as error:
             return cls(file.name, (), tuple(map(str, error.problems)))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             return cls(file.name, (), [f"cannot be read: {error}"])
         return cls.of(name, settings, left_out)
 

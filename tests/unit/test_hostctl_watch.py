@@ -14,6 +14,7 @@ import pytest
 
 from hostctl.machine import Machine
 from hostctl.preflight import ROOM_BYTES
+from hostctl.record import write_record
 from rehearsal.kubectl import kustomization
 from rehearsal.machine import made_up_certificate
 from tests.unit.test_hostctl import KUBECONFIG, SPEC, Host
@@ -193,6 +194,27 @@ def test_a_certificate_that_ends_within_a_month_is_bad(live: Host) -> None:
 def test_a_disk_that_is_full_is_bad(live: Host) -> None:
     live.machine.free_bytes = lambda path: ROOM_BYTES - 1  # type: ignore[method-assign]
     assert bad(watch(live)) == {f"room {SPEC['storage_dir']}", "room /var/lib/homelab"}
+
+
+def record(host: Host, **changes: Any) -> None:
+    write_record(host.machine, "factory", **changes)
+
+
+def test_a_backup_or_its_verification_that_failed_is_bad(live: Host) -> None:
+    failed = {"at": "2026-11-21T03:00:00Z", "ok": False, "cause": "skillai: no room"}
+    record(live, runs={"backup": failed, "verify": {**failed, "ok": True, "cause": ""}})
+    report = watch(live)
+    assert bad(report) == {"backup"}
+    assert report["checks"]["backup"]["detail"] == "skillai: no room"
+    assert report["checks"]["verify"]["detail"] == "done at 2026-11-21T03:00:00Z"
+
+
+def test_metrics_say_when_a_restore_was_last_verified(live: Host) -> None:
+    record(live, verified={"nas": {"skillai": {"at": "2026-11-21T03:00:00Z", "seconds": 7}}})
+    watch(live)
+    labels = '{cluster="factory",target="nas",item="skillai"}'
+    line = f"homelab_restore_verified_time_seconds{labels} 1795230000"
+    assert line in text(live, "/var/lib/node_exporter/homelab-factory.prom").splitlines()
 
 
 def test_what_turns_bad_is_told_once_and_once_more_when_it_is_good_again(
