@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 # `python3 -c` gets the program on stdin together with what is asked, so neither is ever an argument
 # that `ps` shows. Each answer is a line.
 _BOOT = (
-    'import io,json,sys;r=json.load(sys.stdin);g={"__name__":"hostctl"};'
-    'exec(compile(r["program"],"hostctl","exec"),g);'
+    'import base64,bz2,io,json,sys;r=json.load(sys.stdin);g={"__name__":"hostctl"};'
+    'exec(compile(bz2.decompress(base64.b64decode(r["program"])),"hostctl","exec"),g);'
     '[g["main"]([*v,"--exit-zero"],io.StringIO(json.dumps(s)))for v,s in r["questions"]]'
 )
 _INSTALL = (
-    "import os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);os.makedirs(d,exist_ok=True);"
-    "f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
-    'o=os.fdopen(f,"w");o.write(sys.stdin.read());o.flush();os.fsync(f);o.close();os.replace(t,p)'
+    "import base64,bz2,os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);"
+    "os.makedirs(d,exist_ok=True);f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
+    'o=os.fdopen(f,"wb");o.write(bz2.decompress(base64.b64decode(sys.stdin.read())));o.flush();'
+    "os.fsync(f);o.close();os.replace(t,p)"
 )
 
 
@@ -102,7 +103,7 @@ class Connection:
 
     def __init__(self, host: settings.Host) -> None:
         self._host = host
-        self._program = program.text()
+        self._program = program.packed()
 
     @property
     def name(self) -> str:
@@ -113,7 +114,7 @@ class Connection:
 
     @property
     def program(self) -> str:
-        """The text of hostctl as it is shipped."""
+        """hostctl as it is shipped: its text, packed."""
         return self._program
 
     def line(self, *argv: str) -> str:
@@ -128,7 +129,7 @@ class Connection:
         return self.line(self._host.hostctl, *verb)
 
     def install_line(self) -> str:
-        """The shell line that installs hostctl from its stdin, atomically and executable."""
+        """The shell line that installs hostctl, packed on stdin: atomically and executable."""
         return self.line("python3", "-c", _INSTALL, self._host.hostctl)
 
     def read(self, reading: Reading[T]) -> T:

@@ -285,10 +285,9 @@ _one_at_a_time = threading.Lock()
 
 def _rehearse(command: str, stdin: str, directory: Path) -> Result:
     call = parse(command)
-    from hostctl.program import text
+    from hostctl import program
     from rehearsal.machine import RehearsalMachine
 
-    program = text()
     with _one_at_a_time:
         root = directory / "world" / "machines" / call.address
         if not call.address or not root.is_dir():
@@ -298,17 +297,17 @@ def _rehearse(command: str, stdin: str, directory: Path) -> Result:
             return Result("", said, 255)
         machine = RehearsalMachine(root)
         if call.how == "install":
-            if stdin != program:
+            if stdin != program.packed():
                 raise Failure("what is installed is not this checkout's hostctl")
             machine.make_directory(os.path.dirname(call.path), 0o755)
-            machine.write_atomic(call.path, program.encode(), 0o755)
+            machine.write_atomic(call.path, program.text().encode(), 0o755)
             return Result("", "")
         if call.how == "installed":
             if not machine.exists(call.path):
                 return Result("", f"/bin/sh: 1: {call.path}: not found\n", 127)
             return _run(machine, call.arguments, stdin)
         shipped = json.loads(stdin)
-        if shipped["program"] != program:
+        if shipped["program"] != program.packed():
             raise Failure("what is shipped is not this checkout's hostctl")
         ran = [
             _run(machine, (*verb, "--exit-zero"), json.dumps(spec))

@@ -22,6 +22,7 @@ import pytest
 from components import host as host_module
 from components import settings
 from components.host import Connection, HostError, ask
+from hostctl import program
 from setup import ssh
 from setup.cache import SetupError
 
@@ -237,7 +238,7 @@ def test_a_verb_reads_on_a_host_that_nothing_was_installed_on(tmp_path, server, 
 def test_a_verb_changes_the_host_by_the_hostctl_that_was_installed_there(tmp_path, server, connect):
     install(connect())
     installed = server.state / "hostctl"
-    assert installed.read_text() == connect().program
+    assert installed.read_text() == program.text()
     assert installed.stat().st_mode & 0o777 == 0o755
     spec = {"path": str(tmp_path / "tokens" / "token"), "content": 'it\'s "quoted" $HOME\n'}
     assert change(connect(), "files write", spec)["changed"] is True

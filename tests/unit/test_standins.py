@@ -890,6 +890,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     text = "# hostctl\n"
     program = types.ModuleType("hostctl.program")
     program.__dict__["text"] = lambda: text
+    program.__dict__["packed"] = lambda: text
     cli = types.ModuleType("hostctl.cli")
 
     def main(argv: list[str], stdin: Any, machine: Machine) -> int:
@@ -900,7 +901,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     cli.__dict__["main"] = main
     package = types.ModuleType("hostctl")
-    package.__dict__["cli"] = cli
+    package.__dict__.update(cli=cli, program=program)
     machine = types.ModuleType("rehearsal.machine")
     machine.__dict__["RehearsalMachine"] = Machine
     monkeypatch.setitem(sys.modules, "hostctl", package)
