@@ -35,14 +35,12 @@ def main() -> int:
     file = options.project / f"Pulumi.{options.stack}.yaml"
     try:
         stack, refused = settings.read_file(file)
+        if refused:
+            raise settings.SettingsError(file.name, refused)
     except (settings.SettingsError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    stack = stack.in_force
-    rows = [
-        Row("state", "settings", "understood", str(one), "bad", "correct the stack file")
-        for one in refused
-    ]
+    stack, rows = stack.in_force, list[Row]()
     look = doctor if options.doctor else status
     try:
         if not options.doctor:
