@@ -159,7 +159,24 @@ class Connection:
         [result] = self._answers([(verb, spec)], may_be_silent=True)
         return result
 
+    def results(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The results in order, of one call, refusals among them. Raises :class:`Unreachable`."""
+        return self._results(questions, may_be_silent=True)
+
     def _answers(
+        self, questions: Sequence[Question], *, may_be_silent: bool
+    ) -> list[dict[str, Any]]:
+        results = self._results(questions, may_be_silent=may_be_silent)
+        refusals = [
+            f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n"
+            f"  Remedy: {error['remedy']}"
+            for error in (result["error"] for result in results if not result["ok"])
+        ]
+        if refusals:
+            raise HostError("\n".join(dict.fromkeys(refusals)))
+        return results
+
+    def _results(
         self, questions: Sequence[Question], *, may_be_silent: bool
     ) -> list[dict[str, Any]]:
         step = f"hostctl {', '.join(' '.join(verb) for verb, _ in questions)} on {self.name}"
@@ -188,13 +205,6 @@ class Connection:
                 _last_line(answer.stderr) or "no output",
                 "run the verb by hand on the host and read what it prints",
             )
-        refusals = [
-            f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n"
-            f"  Remedy: {error['remedy']}"
-            for error in (result["error"] for result in results if not result["ok"])
-        ]
-        if refusals:
-            raise HostError("\n".join(dict.fromkeys(refusals)))
         return results
 
     @property

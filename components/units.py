@@ -97,6 +97,8 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
         "verify": _schedule(backups.verify.schedule),
         "verified_within_days": backups.verify.within_days,
         "scratch": backups.verify.directory,
+        "watch": _schedule(stack.watching.schedule),
+        "watching": _watched(stack, cluster),
     }
 
 
@@ -116,6 +118,33 @@ def target_keys(stack: settings.Settings) -> dict[str, str]:
     return files
 
 
+def _watched(stack: settings.Settings, cluster: settings.K3dCluster) -> dict[str, Any]:
+    """The settings as `hostctl watch run` takes them; the webhook's URL is a secret, and is not
+    among them.
+    """
+    webhook = stack.watching.webhook
+    hostnames = {
+        route.hostname: None
+        for tunnel in stack.tunnels.values()
+        for route in tunnel.routes
+        if route.service.startswith(("http://", "https://")) and "*" not in route.hostname
+    }
+    return {
+        "cluster": cluster.name,
+        "storage_dir": cluster.storage_dir,
+        "dns": {"name": cluster.acceptance.name, "image": cluster.acceptance.image},
+        "argocd": stack.argocd is not None,
+        "routes": list(hostnames),
+        "metrics": stack.watching.metrics,
+        "webhook": webhook and webhook.kind,
+        "webhook_file": webhook and (webhook.file or _webhook_file(cluster)),
+    }
+
+
+def _webhook_file(cluster: settings.K3dCluster) -> str:
+    return f"/var/lib/homelab/watch/{cluster.name}.webhook"
+
+
 def _schedule(schedule: str) -> str | None:
     return None if schedule == "never" else schedule
 
@@ -131,8 +160,9 @@ class UnitsArgs:
 
 
 class Units(pulumi.ComponentResource):
-    """The host's units of a cluster, one Command around `hostctl units install`, and the keys of
-    its backups' targets, a Command a file; `destroy` removes them, and leaves the backups.
+    """The host's units of a cluster, one Command around `hostctl units install`; the keys of its
+    backups' targets and an encrypted URL of its webhook, a Command a file. `destroy` removes them,
+    and leaves the backups.
     """
 
     installed: pulumi.Output[list[str]]
@@ -143,6 +173,16 @@ class Units(pulumi.ComponentResource):
     ) -> None:
         super().__init__("homelab:index:Units", name, None, opts)
         spec = units_spec(args.settings)
+        after = list(args.after)
+        webhook = args.settings.watching.webhook
+        if webhook and webhook.url:
+            path, content = spec["watching"]["webhook_file"], webhook.url.get_secret_value()
+            write = {"path": path, "content": content, "mode": "0600"}
+            child = pulumi.ResourceOptions(parent=self)
+            verb, delete = ["files", "write"], ["files", "remove"]
+            after.append(
+                args.host.command("webhook", verb, write, secret=True, delete=delete, opts=child)
+            )
         # The start is tried once, in the unit's own bounds.
         wait = f"{spec['start_seconds'] + _SLACK_SECONDS}s"
         install = args.host.command(
@@ -152,7 +192,7 @@ class Units(pulumi.ComponentResource):
             delete=["units", "remove"],
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=list(args.after),
+                depends_on=after,
                 custom_timeouts=pulumi.CustomTimeouts(create=wait, update=wait),
             ),
         )

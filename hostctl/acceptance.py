@@ -84,13 +84,18 @@ def _accepted(machine: Machine, cluster: Cluster, host: str, image: str) -> Answ
         if cluster.state == "absent":
             remedy = f"hostctl k3d doctor {cluster.name}"
             return Answer("cannot-tell", "the cluster was deleted meanwhile", remedy)
+    return resolves(machine, cluster, host, image)
+
+
+def resolves(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
+    """Whether a pod of a cluster that answers resolves a name (incident 5). Leaves no pod."""
     try:
-        return _resolves(machine, cluster, host, image)
+        return _resolved(machine, cluster, host, image)
     finally:
         _remove_pods(machine, cluster)
 
 
-def _resolves(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
+def _resolved(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
     """Lets one pod after another ask, until one resolves the name or the time is over."""
     until = machine.now() + ACCEPT_SECONDS
     failing, said = 0.0, ""

@@ -57,6 +57,7 @@ from hostctl.spec import NAME_SPEC, checked
 from hostctl.storage import storage_check, storage_inspect
 from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
+from hostctl.watch import watch_inspect, watch_run
 from hostctl.workloads import (
     cluster_owner,
     connector_status,
@@ -114,6 +115,13 @@ def _recorded_backup(machine: Machine, name: str) -> dict[str, Any]:
 def _recorded_copies(machine: Machine, name: str) -> dict[str, Any]:
     spec = _recorded_units(machine, name)
     return {key: spec[key] for key in ("cluster", "items", "targets", "scratch") if key in spec}
+
+
+def _recorded_watch(machine: Machine, name: str) -> dict[str, Any]:
+    watch = _recorded_units(machine, name).get("watching")
+    if not watch:
+        raise _nothing_recorded(name, "the watching of cluster")
+    return watch
 
 
 def _nothing_recorded(name: str, what: str) -> Failure:
@@ -191,6 +199,19 @@ _COPIES_EXAMPLE = {
     "targets": _TARGET_EXAMPLES,
     "scratch": "/var/lib/homelab/restored",
 }
+_WATCH_EXAMPLE = {
+    "cluster": "factory",
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "dns": {
+        "name": "registry-1.docker.io",
+        "image": "rancher/mirrored-library-busybox:1.36.1",
+    },
+    "argocd": True,
+    "routes": ["argocd.example.org"],
+    "metrics": "/var/lib/node_exporter",
+    "webhook": "ntfy",
+    "webhook_file": "/run/agenix/ntfy",
+}
 _UNITS_EXAMPLE = {
     "cluster": "factory",
     "hostctl": "/var/lib/homelab/hostctl",
@@ -205,6 +226,8 @@ _UNITS_EXAMPLE = {
     "verify": "weekly",
     "verified_within_days": 10,
     "scratch": "/var/lib/homelab/restored",
+    "watch": "hourly",
+    "watching": _WATCH_EXAMPLE,
     "generation": 0,
 }
 
@@ -478,6 +501,17 @@ VERBS: dict[tuple[str, ...], Verb] = {
         _recorded_copies,
     ),
     ("backup", "list"): Verb(backup_list, {"name": "factory"}, _by_name),
+    ("watch", "run"): Verb(watch_run, _WATCH_EXAMPLE, _recorded_watch),
+    ("watch", "inspect"): Verb(
+        watch_inspect,
+        {
+            "cluster": "factory",
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespaces": ["argocd", "factory"],
+            "containers": ["cloudflared-p510"],
+            "directories": ["/mnt/img_pool/k3d/storage"],
+        },
+    ),
     ("backup", "recover"): Verb(backup_recover, {"name": "factory"}, _by_name),
 }
 

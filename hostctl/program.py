@@ -40,6 +40,7 @@ MODULES = (
     "restic",
     "backups",
     "restore",
+    "watch",
     "units",
     "k3s_node",
     "k3s_service",

@@ -1,4 +1,4 @@
-"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups."""
+"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups, watching."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from hostctl.spec import (
     text_matching,
 )
 from hostctl.tools import attempt, run_tool
+from hostctl.watch import WATCH_SPEC
 
 START_TRIES = 3
 START_PAUSE_SECONDS = 60
@@ -38,6 +39,15 @@ _UNIT_PATH = text_matching(
     r"(/(?!\.{1,2}(/|$))[A-Za-z0-9_@+=,.-]+)+",
     "an absolute path of letters, digits and _@+=,.- without '..'",
 )
+
+
+def _watching(value: Any) -> dict[str, Any]:
+    try:
+        return checked(value, WATCH_SPEC, "watch run")
+    except Failure as failure:
+        raise ValueError(f"what watch run takes: {failure.cause}") from None
+
+
 UNITS_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "hostctl": Value(_UNIT_PATH),
@@ -52,6 +62,8 @@ UNITS_SPEC: dict[str, Any] = {
     "verify": Value(or_null(_SCHEDULE), None),
     "verified_within_days": Value(number_between(1, 3650), 10),
     "scratch": Value(_UNIT_PATH, SCRATCH_DIRECTORY),
+    "watch": Value(or_null(_SCHEDULE), None),
+    "watching": Value(or_null(_watching), None),
     "generation": Value(or_null(number_between(0, 2**31)), None),
 }
 _SYSTEMD = "/etc/systemd/system"
@@ -72,9 +84,9 @@ def units_spec(spec: Any, verb: str) -> dict[str, Any]:
 
 
 def units_install(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Installs what starts and heals the cluster at boot, cleans and backs up on a schedule, in the
-    way of the host's init, and runs the start once to see that it works. Records the items of the
-    backup, which `backup run NAME` reads.
+    """Installs what starts and heals the cluster at boot, cleans, backs up and watches on a
+    schedule, in the way of the host's init, and runs the start once to see that it works. Records
+    what `backup run NAME` and `watch run NAME` read.
 
     systemd: units in /etc/systemd/system. NixOS: a module to import, as /etc is not ours. TrueNAS
     SCALE: an init script and cron jobs of its middleware, as an update leaves /etc behind.
@@ -287,6 +299,13 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
         run = f"ExecStart={program} backup verify {name}\nTimeoutStartSec=24h\n"
         texts[f"homelab-{name}-verify.service"] = _head(what) + job + run
         texts[f"homelab-{name}-verify.timer"] = _timer(what, spec["verify"])
+    if spec["watch"] and spec["watching"]:
+        texts[f"homelab-{name}-watch.service"] = (
+            _head(f"Watch cluster {name}")
+            + job
+            + f"ExecStart={program} watch run {name}\nTimeoutStartSec=1h\n"
+        )
+        texts[f"homelab-{name}-watch.timer"] = _timer(f"Watch cluster {name}", spec["watch"])
     return texts
 
 
@@ -336,7 +355,7 @@ def _all_units(name: str) -> list[str]:
     return [*jobs, f"homelab-{name}.service"]
 
 
-_JOBS = ("clean", "backup", "verify")
+_JOBS = ("clean", "backup", "verify", "watch")
 _KINDS = ("timer", "service")
 
 
@@ -525,6 +544,8 @@ def _middleware_entries(
     if spec["verify"] and spec["items"] and spec["targets"]:
         entry = _cron_job(f"{program} backup verify {name}", spec["verify"])
         jobs[f"homelab {name} verify"] = entry
+    if spec["watch"] and spec["watching"]:
+        jobs[f"homelab {name} watch"] = _cron_job(f"{program} watch run {name}", spec["watch"])
     return [
         (*_INIT_SCRIPTS, {f"homelab {name} start": boot}),
         (*_CRON_JOBS, jobs),

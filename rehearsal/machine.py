@@ -547,6 +547,18 @@ class RehearsalMachine(Machine):
             raise ConnectionRefusedError(111, "Connection refused")
         return self._create_container(found.group(1), body)
 
+    def visit(
+        self, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Nothing leaves the machine: web.json says what is answered, and visited.json what was
+        sent."""
+        sent = [url, (body or b"").decode(), dict(headers or {})]
+        self.set("visited.json", [*self.setting("visited.json", []), sent])
+        status = self.setting("web.json", {}).get(url, 200)
+        if isinstance(status, str):
+            raise OSError(status)
+        return status
+
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         total = 0
         for cluster in self.clusters():

@@ -61,7 +61,7 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
         existing = yield from LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, stack.host, existing, connection)
     if isinstance(stack.cluster, settings.K3sCluster):
-        connections = _connections(stack.cluster, stack.host, connection)
+        connections = connections_of(stack.cluster, stack.host, connection)
         k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
         return _K3s(stack.cluster, k3s, connection, connections)
     if not stack.has_cluster:
@@ -190,7 +190,7 @@ class _Existing:
         return Declared(made.cluster, made.output, made.kubeconfig)
 
 
-def _connections(
+def connections_of(
     cluster: settings.K3sCluster, host: settings.Host, connection: Connection
 ) -> dict[str, Connection]:
     """The way to each node; one that is the stack's host is reached as that."""

@@ -20,6 +20,7 @@ from components.settings.cluster import (
 )
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
+from components.settings.fleet import read_file, stack_files
 from components.settings.host import Host, K3d
 from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
 from components.settings.namespace import Namespace, NetworkPolicy
@@ -76,6 +77,8 @@ from components.settings.upkeep import (
     PostgresBackup,
     S3Target,
     VolumeBackup,
+    Watching,
+    Webhook,
 )
 
 __all__ = [
@@ -150,8 +153,12 @@ __all__ = [
     "Tunnel",
     "VirtualIp",
     "VolumeBackup",
+    "Watching",
+    "Webhook",
     "auth_key_problem",
     "load",
     "missing_keys",
+    "read_file",
+    "stack_files",
     "token_secret_name",
 ]

@@ -146,6 +146,27 @@ class Claim:
         return False
 
 
+def read_file(file: FilePath) -> tuple[Settings, list[Problem]]:
+    """The settings in a stack file without what is encrypted, for a reader who has no passphrase,
+    and what of the rest is refused. Raises SettingsError where that is too much, OSError or
+    ValueError where the file cannot be understood.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
+        config = (content or {}).get("config") or {}
+        ours = {
+            key.removeprefix(NAMESPACE): value
+            for key, value in config.items()
+            if key.startswith(NAMESPACE)
+        }
+    except (AttributeError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from None
+    left_out: list[Problem] = []
+    context = {"source": file.name, "left_out": left_out}
+    settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
+    return settings, left_out
+
+
 @dataclass(frozen=True)
 class Stack:
     """A stack by the name of its file and by what it claims.
@@ -190,21 +211,11 @@ class Stack:
         """A stack from its file. What cannot be understood is among ``problems``; never raises."""
         name = file.name.removeprefix("Pulumi.").removesuffix(".yaml")
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
-            config = (content or {}).get("config") or {}
-            ours = {
-                key.removeprefix(NAMESPACE): value
-                for key, value in config.items()
-                if key.startswith(NAMESPACE)
-            }
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            return cls(file.name, (), [f"cannot be read: {error}"])
-        left_out: list[Problem] = []
-        context = {"source": file.name, "left_out": left_out}
-        try:
-            settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
+            settings, left_out = read_file(file)
         except SettingsError as error:
             return cls(file.name, (), tuple(map(str, error.problems)))
+        except (OSError, ValueError) as error:
+            return cls(file.name, (), [f"cannot be read: {error}"])
         return cls.of(name, settings, left_out)
 
 

@@ -39,7 +39,7 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning
+from components.settings.upkeep import Backups, Cleaning, Watching
 from components.settings.validation import validated
 
 _BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "kube-system"})
@@ -115,6 +115,9 @@ class Settings(Model):
         default=Cleaning(), description="Removal of what nothing references, on the host."
     )
     backups: Backups = Field(default=Backups(), description="Scheduled backups, on the host.")
+    watching: Watching = Field(
+        default=Watching(), description="Scheduled look at all that must work, on the host."
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -141,7 +144,9 @@ class Settings(Model):
         }
         left_out = ("network", "storage", "namespaces", "secrets", "argocd", "tailscale")
         fields = type(self).model_fields
-        of_cluster = {key: fields[key].default for key in (*left_out, "cleaning", "backups")}
+        of_cluster = {
+            key: fields[key].default for key in (*left_out, "cleaning", "backups", "watching")
+        }
         return self.model_copy(update={**of_cluster, "tunnels": hosts})
 
     def declared_secrets(self) -> list[DeclaredSecret]:
@@ -246,6 +251,7 @@ class Settings(Model):
         known = frozenset(self.declared_namespaces()) | _BUILT_IN_NAMESPACES
         yield from self.backups.problems(known)
         yield from self._upkeep_problems()
+        yield from self.watching.problems(isinstance(self.cluster, K3dCluster))
 
     def _secrets_by_path(self) -> Iterator[tuple[Path, DeclaredSecret]]:
         for namespace, secrets in self.secrets.items():

@@ -1,9 +1,9 @@
-"""What runs on the host on a schedule: cleaning and backups."""
+"""What runs on the host on a schedule: cleaning, backups and watching."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from components.settings.k3s import Bucket, Endpoint
 from components.settings.model import (
@@ -13,9 +13,10 @@ from components.settings.model import (
     Number,
     ObjectName,
     OpaqueSecret,
+    SecretFile,
     Text,
 )
-from components.settings.problem import Path, Problem, key_path
+from components.settings.problem import HIDDEN, Path, Problem, key_path
 
 _OBJECT = r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?"
 
@@ -59,6 +60,16 @@ Role = Annotated[
 Hours = Annotated[
     int,
     Number("1 to 87600 hours", "write a number in that range, without quotes", 48, 1, 87600),
+]
+
+WebhookUrl = Annotated[
+    SecretStr,
+    Text(
+        "an http(s) URL, encrypted",
+        "copy it from the receiver: whoever knows it can write there",
+        "https://ntfy.example.org/made-up-topic",
+        r"https?://[!-~]+",
+    ),
 ]
 
 
@@ -279,3 +290,70 @@ class Backups(Model):
                     "names a namespace that is not declared",
                     [("namespaces", item.namespace), ("secrets", item.namespace)],
                 )
+
+
+class Webhook(Model):
+    """Who is told when something turns bad, and when it is good again: `url` or `file`."""
+
+    kind: Literal["ntfy", "slack", "generic"] = Field(
+        description="How it is told: `ntfy` plain text with Title and Priority, `slack` JSON with"
+        " text, `generic` JSON with title, text, cluster, bad and good."
+    )
+    url: WebhookUrl | None = Field(
+        default=None,
+        description="Where it is sent, encrypted: pulumi config set --secret --path"
+        " 'homelab:watching.webhook.url'. Kept on the host in a file that only root reads.",
+    )
+    file: SecretFile | None = Field(
+        default=None, description="Decrypted file on the host that holds it (agenix, sops-nix)."
+    )
+
+
+class Watching(Model):
+    """A look at all that must work: the API, a name from a pod, each route from outside, ArgoCD's
+    applications, certificates, room, backups. Of a k3d cluster."""
+
+    schedule: Schedule = Field(
+        default="never", description="When; `never`: only by hand, hostctl watch run NAME."
+    )
+    metrics: AbsolutePath | None = Field(
+        default=None,
+        description="Directory of node_exporter's textfile collector; no metrics where left out.",
+    )
+    webhook: Webhook | None = Field(
+        default=None, description="Who is told of a change; nobody where left out."
+    )
+
+    def problems(self, on_k3d: bool) -> Iterator[Problem]:
+        """What is wrong across the fields."""
+        if self.schedule != "never" and not on_k3d:
+            yield Problem(
+                ("watching", "schedule"),
+                self.schedule,
+                "never, where the cluster's kind is not k3d",
+                "leave it out; `make status` looks at a cluster of any kind",
+                "has no effect",
+                [("cluster", "kind")],
+            )
+        if self.webhook is None:
+            return
+        sources: list[Path] = [("watching", "webhook", key) for key in ("url", "file")]
+        if self.webhook.url is not None and self.webhook.file is not None:
+            yield Problem(
+                sources[0],
+                HIDDEN,
+                "either url or file",
+                "keep one of the two",
+                "is one source too many",
+                sources,
+            )
+        elif self.webhook.url is None and self.webhook.file is None:
+            yield Problem(
+                sources[1],
+                None,
+                "url or file",
+                "name the decrypted file on the host, or encrypt the URL: pulumi config set"
+                " --secret --path 'homelab:watching.webhook.url'",
+                "is missing",
+                sources,
+            )

@@ -22,7 +22,7 @@ def check_nodes(
 
     Raises HostError with all that is missing on all of them.
     """
-    needs = _needs(storage)
+    needs = needs_of(storage)
     if not needs:
         return
     problems: list[str] = []
@@ -68,7 +68,8 @@ def check_nodes(
         )
 
 
-def _needs(storage: settings.Storage) -> list[str]:
+def needs_of(storage: settings.Storage) -> list[str]:
+    """What a node must have for the declared classes, as `hostctl storage check` takes it."""
     needs: list[str] = []
     for one in storage.classes.values():
         if isinstance(one, settings.LonghornClass):

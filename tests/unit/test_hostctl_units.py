@@ -28,6 +28,11 @@ UNITS: dict[str, Any] = {
     "keep": 14,
     "items": [DATABASE],
 }
+WATCHING: dict[str, Any] = {
+    "cluster": "factory",
+    "storage_dir": SPEC["storage_dir"],
+    "dns": {"name": "registry-1.docker.io", "image": "rancher/mirrored-library-busybox:1.36.1"},
+}
 BOOT = "homelab-factory.service"
 ALL = [
     "homelab-factory-backup.service",
@@ -524,3 +529,30 @@ def test_an_init_that_is_named_is_not_looked_for(live: Host) -> None:
     assert json.loads(live.machine.read("/var/lib/homelab/clusters/factory.json"))["units"][
         "init"
     ] == ("nixos")
+
+
+# Watching
+
+
+def test_a_watched_cluster_has_a_timer_whose_service_takes_the_recorded_spec(live: Host) -> None:
+    up(live, watch="hourly", watching=WATCHING)
+    assert live.machine.read(f"{SYSTEMD}/homelab-factory-watch.timer").count(b"OnCalendar=hourly")
+    service = live.machine.read(f"{SYSTEMD}/homelab-factory-watch.service").decode()
+    assert "ExecStart=/var/lib/homelab/hostctl watch run factory\n" in service
+    assert live("watch run factory")["checks"]["api"]["state"] == "passed"
+    up(live)
+    assert not live.machine.exists(f"{SYSTEMD}/homelab-factory-watch.timer")
+
+
+def test_on_truenas_a_watched_cluster_has_a_cron_job(truenas: Host) -> None:
+    up(truenas, watch="hourly", watching=WATCHING)
+    (job,) = [one for one in middleware(truenas)["cronjob"] if "watch" in one["description"]]
+    assert job["command"] == f"{UNITS['hostctl']} watch run factory"
+    seen = status(truenas, watch="hourly", watching=WATCHING)
+    assert seen["units"]["homelab factory watch"] == {"installed": "current"}
+
+
+def test_what_is_watched_is_checked_before_anything_is_installed(live: Host) -> None:
+    refused = live("units install", UNITS | {"watch": "hourly", "watching": {"routes": ["a b"]}}, 2)
+    assert "watching: " in refused["cause"]
+    assert "routes[0]" in refused["cause"]

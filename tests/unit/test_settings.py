@@ -757,4 +757,5 @@ def test_secrets_are_the_only_leaves_that_hide_their_value() -> None:
         "settings.tailscale.auth_key.value",
         "settings.tailscale.operator.client_id",
         "settings.tailscale.operator.client_secret",
+        "settings.watching.webhook.url",
     }

@@ -1,5 +1,6 @@
 """The units of a host: what is asked of hostctl, and what a person is told."""
 
+import base64
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from components import settings
 from components.host import Connection, Host
 from components.units import LiveUnits, Units, UnitsArgs, units_spec
 
+URL = "https://ntfy.example.org/a-topic-that-nobody-knows"
 STACK: dict[str, Any] = {
     "host": {"hostctl": "/mnt/tank/hostctl", "init": "truenas"},
     "cluster": {"image": "rancher/k3s:v1.31.5-k3s1", "name": "lab", "apiWaitSeconds": 60},
@@ -31,6 +33,26 @@ STACK: dict[str, Any] = {
             }
         },
         "verify": {"schedule": "Sun 05:00", "withinDays": 8, "directory": "/mnt/tank/restored"},
+    },
+    "watching": {
+        "schedule": "hourly",
+        "metrics": "/var/lib/node_exporter",
+        "webhook": {"kind": "ntfy", "url": URL},
+    },
+    "cloudflare": {
+        "accountId": "0" * 31 + "1",
+        "apiToken": "a" * 40,
+        "zones": {"example.org": "0" * 31 + "2"},
+    },
+    "tunnels": {
+        "lab": {
+            "secret": base64.b64encode(b"made up for this test, 32 bytes.").decode(),
+            "connector": {"kind": "external"},
+            "routes": [
+                {"hostname": "web.example.org", "service": "http://localhost:80"},
+                {"hostname": "ssh.example.org", "service": "ssh://localhost:22"},
+            ],
+        }
     },
 }
 
@@ -78,7 +100,41 @@ def test_every_setting_of_the_units_reaches_the_host():
         "verify": "Sun 05:00",
         "verified_within_days": 8,
         "scratch": "/mnt/tank/restored",
+        "watch": "hourly",
+        "watching": {
+            "cluster": "lab",
+            "storage_dir": "/mnt/img_pool/k3d/storage",
+            "dns": {
+                "name": "registry-1.docker.io",
+                "image": "rancher/mirrored-library-busybox:1.36.1",
+            },
+            "argocd": False,
+            "routes": ["web.example.org"],
+            "metrics": "/var/lib/node_exporter",
+            "webhook": "ntfy",
+            "webhook_file": "/var/lib/homelab/watch/lab.webhook",
+        },
     }
+
+
+def test_the_webhooks_url_is_in_a_file_of_root_and_in_no_plain_input(run_program):
+    def program() -> None:
+        host = Host("p510", Connection(settings.Host()))
+        Units("lab", UnitsArgs(stack(), LiveUnits("systemd", 4), host, []))
+
+    resources = run_program(program, outputs={"Command": answer})
+    command = resources["Command", "webhook"]
+    assert json.loads(command.inputs["stdin"]) == {
+        "path": "/var/lib/homelab/watch/lab.webhook",
+        "content": URL,
+        "mode": "0600",
+    }
+    assert command.secrets == {"stdin"}
+    assert command.inputs["delete"].endswith("hostctl files remove")
+    # The first look finds it.
+    assert ("Command", "webhook") in resources["Command", "units"].depends_on
+    others = [one.inputs for key, one in resources.items() if key != ("Command", "webhook")]
+    assert URL not in json.dumps(others)
 
 
 def test_the_units_are_one_command_that_destroy_undoes(run_program):
