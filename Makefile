@@ -2,6 +2,10 @@
 PYTHON ?= python3
 STACK ?= p510
 TESTS ?=
+TAKE ?=
+UNLOCK ?=
+DESTROY ?=
+FUZZ ?= 40
 MUTANTS ?=
 setup = $(PYTHON) -m setup
 # make status JSON=1
@@ -13,7 +17,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rehearse test check fleet status doctor diagram mutants bench format
+.PHONY: help setup recover adopt rehearse test fuzz kill check fleet status doctor diagram mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,11 +25,23 @@ help: ## list the goals
 setup: ## install what is missing: uv, Pulumi, the Python packages
 	@$(setup)
 
+recover: ## go on after a run that died, from the lock it left: make recover STACK=p510
+	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) recover $(STACK) $(if $(DESTROY),--destroy)
+
+adopt: ## what exists and the state does not know; take it over: make adopt STACK=p510 TAKE=1
+	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) adopt $(STACK) $(if $(TAKE),--take)
+
 rehearse: ## preview, up, up again and outputs of a stack against stand-ins: make rehearse STACK=p510
 	@$(setup) -- .venv/bin/python -m rehearsal $(STACK)
 
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
+
+kill: ## kill a rehearsed up, edit and destroy at every step and recover, which takes hours: make kill STACK=every-kind
+	@$(setup) -- .venv/bin/python -m tests.engine.test_killed $(STACK)
+
+fuzz: setup ## hostile settings, specs and tools' output, FUZZ times what `make test` tries of them
+	@HOMELAB_FUZZ=$(FUZZ) .venv/bin/pytest -n 2 --dist worksteal tests/fuzz
 
 check: setup ## lint, format, types, import rule, schema, collisions of stacks, pictures; no engine
 	@.venv/bin/ruff check

@@ -39,6 +39,8 @@ _INSTALL = (
     "os.fsync(f);o.close();os.replace(t,p)"
 )
 
+_TIME_LIMIT = pulumi.CustomTimeouts(create="1h", update="1h", delete="1h")
+
 
 Question = tuple[Sequence[str], Mapping[str, Any]]
 """A verb of hostctl that only looks, and its spec."""
@@ -282,7 +284,7 @@ class Host(pulumi.ComponentResource):
             stdin=connection.program,
             logging=local.Logging.STDERR,
             add_previous_output_in_env=False,
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions(parent=self, custom_timeouts=_TIME_LIMIT),
         )
         if k3d and k3d.install:
             release = {"version": k3d.version, "sha256": k3d.sha256, "url": k3d.url}
@@ -326,6 +328,8 @@ class Host(pulumi.ComponentResource):
                     # delete the engine's order stands: only then does it skip what is
                     # `deleted_with` this.
                     delete_before_replace=True if delete else None,
+                    # hostctl bounds all that it waits for; this is for a host that hangs.
+                    custom_timeouts=_TIME_LIMIT,
                     additional_secret_outputs=["stdout", "stderr"] if secret else None,
                 ),
                 opts,

@@ -1,4 +1,4 @@
-"""Verbs: a cluster that is there already, and the webhook of its MetalLB."""
+"""Verbs: what is there already: a cluster, the webhook of its MetalLB, things in Docker."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import re
 from typing import Any
 
-from hostctl.cluster import parse_json
+from hostctl.cluster import container_facts, find_network, parse_json
 from hostctl.machine import PROGRESS_SECONDS, Machine
 from hostctl.protocol import Failure, Result, say
 from hostctl.spec import (
     CLUSTER_NAME,
     DNS_LABEL,
+    Items,
     Value,
     absolute_path,
     checked,
@@ -149,3 +150,26 @@ _NO_ANSWER_YET = re.compile(
     r"failed calling webhook|failed to call webhook|no matches for kind"
     r"|the server could not find the requested resource"
 )
+
+
+_DOCKER_NAME = Value(text_matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a name in Docker"))
+
+
+def docker_find(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Says the ids of Docker's containers and networks by their names; null where there is none."""
+    shape = {"containers": Items(_DOCKER_NAME, []), "networks": Items(_DOCKER_NAME, [])}
+    wanted = checked(spec, shape, "docker find")
+
+    def containers(name: str) -> str | None:
+        # `docker inspect` finds by the beginning of an id, too.
+        facts = container_facts(machine, name, f"looking for container {name}")
+        return facts["Id"] if facts and facts["Name"].lstrip("/") == name else None
+
+    def networks(name: str) -> str | None:
+        facts = find_network(machine, name)
+        return facts["Id"] if facts and facts["Name"] == name else None
+
+    return {
+        "containers": {name: containers(name) for name in wanted["containers"]},
+        "networks": {name: networks(name) for name in wanted["networks"]},
+    }

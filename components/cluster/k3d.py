@@ -1,5 +1,6 @@
 """A k3d cluster: its network by the docker provider, the cluster itself by hostctl on the host."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
@@ -201,7 +202,10 @@ def _rotated_kubeconfig(
     """
     if not (pulumi.runtime.is_dry_run() and seen["state"] == "running"):
         return None
-    if seen["differences"] or not seen["kubeconfig_behind"]:
+    adopting = os.environ.get(
+        "HOMELAB_ADOPTING"
+    )  # the state has none: components/recovery/adopt.py
+    if seen["differences"] or not (seen["kubeconfig_behind"] or adopting):
         return None
     spec = {"name": cluster.name, "server": server_url(cluster)}
     return (yield from ask(["k3d", "kubeconfig"], spec))["kubeconfig"]

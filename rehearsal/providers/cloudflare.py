@@ -32,6 +32,7 @@ from rehearsal.core import (
     Properties,
     Request,
     Secret,
+    Unimplemented,
     compare,
     has_unknown,
     plain,
@@ -47,6 +48,22 @@ RECORD = "cloudflare:index/dnsRecord:DnsRecord"
 POLICY = "cloudflare:index/zeroTrustAccessPolicy:ZeroTrustAccessPolicy"
 APPLICATION = "cloudflare:index/zeroTrustAccessApplication:ZeroTrustAccessApplication"
 TOKEN = "cloudflare:index/getZeroTrustTunnelCloudflaredToken:getZeroTrustTunnelCloudflaredToken"
+_LISTS = {
+    "cloudflare:index/getDnsRecords:getDnsRecords": ("record", "zoneId"),
+    "cloudflare:index/getZeroTrustAccessApplications:getZeroTrustAccessApplications": (
+        "application",
+        "accountId",
+    ),
+    "cloudflare:index/getZeroTrustAccessPolicies:getZeroTrustAccessPolicies": (
+        "policy",
+        "accountId",
+    ),
+    "cloudflare:index/getZeroTrustTunnelCloudflareds:getZeroTrustTunnelCloudflareds": (
+        "tunnel",
+        "accountId",
+    ),
+}
+"""By function that lists: the kind, and the argument that says where."""
 
 _KINDS = {
     TUNNEL: "tunnel",
@@ -240,18 +257,39 @@ class Cloudflare(Bridged):
         self.world.delete(key)
 
     def invoke(self, token: str, args: Properties, preview: bool) -> Properties:
-        if token != TOKEN:
+        if token != TOKEN and token not in _LISTS:
             raise Failure(f"unknown function {token}", "NOT_FOUND")
         problems = self.schema.check_function(token, args)
         if problems:
             reasons = "; ".join(wording(problem, "args") for problem in problems)
             raise Failure(reasons, "INVALID_ARGUMENT")
+        if token in _LISTS:
+            return {**args, "id": "a", "results": self._list(token, _pruned(plain(args)))}
         account, tunnel_id = plain(args.get("accountId")), plain(args.get("tunnelId"))
         found = self.world.find(str(tunnel_id), "tunnel")
         if found is None or found[1]["accountId"] != account:
             path = f"accounts/{account}/cfd_tunnel/{tunnel_id}/token"
             raise _refused("GET", path, 404, 1003, "Tunnel not found")
         return {**args, "token": connector_token(found[1])}
+
+    def _list(self, token: str, args: Properties) -> list[Properties]:
+        """The results of a function that lists. Filters that nobody uses are refused."""
+        kind, where = _LISTS[token]
+        unknown = args.keys() - {where, "maxItems", "type", "isDeleted"}
+        if unknown:
+            raise Unimplemented(f"the rehearsal does not know {token} by {', '.join(unknown)}")
+        if where not in args:
+            raise Failure(f"{token} needs {where}", "INVALID_ARGUMENT")
+        found = [thing for _, thing in self.world.list(f"{kind}/{args[where]}")]
+        if "type" in args:
+            found = [thing for thing in found if thing["type"] == args["type"]]
+        if "isDeleted" in args:
+            found = [t for t in found if bool(t.get("deletedAt")) == args["isDeleted"]]
+        told = [
+            {name: value for name, value in thing.items() if name != "tunnelSecret"}
+            for thing in found
+        ]
+        return told[: args.get("maxItems", 1000)]
 
     def _marked(self, token: str, properties: Properties) -> Properties:
         """The properties with the secret marks that the schema asks for."""

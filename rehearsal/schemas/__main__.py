@@ -34,7 +34,13 @@ IN_USE: dict[str, tuple[list[str], list[str]]] = {
             "ZeroTrustTunnelCloudflared",
             "ZeroTrustTunnelCloudflaredConfig",
         ],
-        ["get_zero_trust_tunnel_cloudflared_token"],
+        [
+            "get_dns_records",
+            "get_zero_trust_access_applications",
+            "get_zero_trust_access_policies",
+            "get_zero_trust_tunnel_cloudflared_token",
+            "get_zero_trust_tunnel_cloudflareds",
+        ],
     ),
 }
 """By package: resource classes and functions, as attributes of `pulumi_<package>`."""

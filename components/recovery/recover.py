@@ -1,0 +1,73 @@
+"""`make recover`: goes on after a run that died, wherever it died."""
+
+from typing import Any, Literal
+
+from components.recovery.adopt import adopt
+from components.recovery.backend import mend
+from components.recovery.engine import Engine, RecoveryError
+from components.recovery.keys import Key, natural_key
+from components.recovery.look import look_up
+from components.recovery.state import (
+    described,
+    differences,
+    read_anew,
+    refuse_to_overwrite,
+    take,
+)
+
+
+def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
+    """Clears the lock that a dead run left, asks what became of each operation that it began and
+    did not record, takes what it made into the state, and runs ``then``.
+
+    Raises RecoveryError when that cannot be told, when the lock's process is alive or on another
+    host, or when what was made is not what the run was making.
+    """
+    try:
+        state = engine.export()
+    except RecoveryError:
+        mend(engine)
+        state = engine.export()
+    begun = _pending(state)
+    if not begun and then == "up":
+        # A create whose provider died, or whose answer was lost, is forgotten by the engine.
+        engine.say("no operation was cut off; perhaps an answer was lost")
+        return adopt(engine, take=True)
+    for operation in begun:
+        engine.say(f"cut off while {operation['type']}: {described(operation['resource']['urn'])}")
+    if begun:
+        _settle(engine, begun)
+    engine.run(then, "--yes", "--skip-preview", shown=True)
+
+
+def _pending(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return state["deployment"].get("pending_operations") or []
+
+
+def _settle(engine: Engine, begun: list[dict[str, Any]]) -> None:
+    # The refresh takes the lock, and with it the certainty that nobody else is at the state. It
+    # reads what the cut-off updates and deletes came to, and forgets that they were begun.
+    held = {r["urn"] for r in engine.export()["deployment"].get("resources") or []}
+    changed = {op["resource"]["urn"] for op in begun if op["type"] != "creating"} & held
+    stack = {urn for urn in held if "::pulumi:pulumi:Stack::" in urn}
+    engine.refresh(sorted(changed | stack))
+
+    state = engine.export()
+    creates = [op["resource"] for op in _pending(state) if op["type"] == "creating"]
+    keys: dict[str, Key] = {}
+    for resource in creates:
+        key = natural_key(resource["type"], resource.get("inputs") or {})
+        if key:
+            keys[resource["urn"]] = key
+    ids = look_up(engine, set(keys.values()))
+    made = [(r, ids[keys[r["urn"]]]) for r in creates if keys.get(r["urn"]) in ids]
+    take(state["deployment"], made)
+    state["deployment"]["pending_operations"] = []
+    engine.import_(state)
+    if not made:
+        return
+    # Drops those that are not there after all: their create was cut off before it began.
+    taken = read_anew(engine, {resource["urn"] for resource, _ in made})
+    for urn in sorted(taken):
+        engine.say(f"exists, taken into the state: {described(urn)}")
+    refuse_to_overwrite([d for d in differences(engine, taken) if d.overwrites] if taken else [])
