@@ -84,6 +84,8 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
         "items": [
             {"name": name, **item.model_dump(mode="json")} for name, item in backups.items.items()
         ],
+        "watch": _schedule(stack.watching.schedule),
+        "watching": _watched(stack, cluster),
         "targets": [
             {
                 "name": name,
@@ -97,8 +99,6 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
         "verify": _schedule(backups.verify.schedule),
         "verified_within_days": backups.verify.within_days,
         "scratch": backups.verify.directory,
-        "watch": _schedule(stack.watching.schedule),
-        "watching": _watched(stack, cluster),
     }
 
 
@@ -160,8 +160,8 @@ class UnitsArgs:
 
 
 class Units(pulumi.ComponentResource):
-    """The host's units of a cluster, one Command around `hostctl units install`; the keys of its
-    backups' targets and an encrypted URL of its webhook, a Command a file. `destroy` removes them,
+    """The host's units of a cluster, one Command around `hostctl units install`, and one for each
+    file of secrets: the keys of its backups' targets and the webhook's URL. `destroy` removes them,
     and leaves the backups.
     """
 

@@ -625,7 +625,9 @@ class Machine:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
         """Follows none: a message would arrive as a GET, a login page be taken for the service."""
 
 
