@@ -52,7 +52,7 @@ mutants: ## show that each incident's test fails without its safeguard; one: MUT
 	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)
 
 bench: ## the benchmarks
-	@$(setup) -- .venv/bin/python -m bench
+	@$(setup) --cluster -- .venv/bin/python -m bench
 
 format: setup ## mend what lint and format can mend by themselves
 	@.venv/bin/ruff check --fix

@@ -33,10 +33,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="homelab-bench-") as directory:
         work = Path(directory)
         benchmarks = _quick(work) if options.quick else _whole(work, options.full)
-        rounds = 1 if options.quick else 5
-        on_docker = {"cluster": lambda: cluster.figures(work / "cluster", rounds)}
         if options.only:
-            benchmarks = {options.only: (benchmarks | on_docker)[options.only]}
+            benchmarks = {options.only: benchmarks[options.only]}
         try:
             figures = [figure for benchmark in benchmarks.values() for figure in benchmark()]
         except RehearsalError as error:
@@ -63,6 +61,7 @@ def _whole(directory: Path, full: bool) -> Benchmarks:
         "preview": lambda: preview.figures(directory / "preview", rounds=7),
         "growth": lambda: growth.figures(directory / "growth", sizes, first_ups),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=5),
+        "cluster": lambda: cluster.figures(directory / "cluster", rounds=5),
     }
 
 
@@ -72,6 +71,7 @@ def _quick(directory: Path) -> Benchmarks:
         "preview": lambda: preview.figures(directory / "preview", rounds=2),
         "growth": lambda: growth.figures(directory / "growth", sizes, [5, 50]),
         "settings": lambda: settings.figures(directory / "settings", routes=1000, rounds=2),
+        "cluster": lambda: cluster.figures(directory / "cluster", rounds=1),
     }
 
 

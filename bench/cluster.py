@@ -10,7 +10,6 @@ The two sides run in turn; the ratio is taken pair by pair.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +52,10 @@ def figures(directory: Path, rounds: int) -> list[Figure]:
 
 
 def _ensure(host: Engine, rounds: int) -> list[Figure]:
-    hostctl = host.root / "hostctl.py"
+    hostctl = host.root / "hostctl"
     hostctl.write_text(program.text())
-    ensure = [sys.executable, str(hostctl), "k3d", "ensure"]
+    hostctl.chmod(0o755)
+    ensure = [str(hostctl), "k3d", "ensure"]
     spec = json.dumps(_SPEC)
 
     def anew(make: Callable[[], object]) -> float:

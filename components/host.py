@@ -33,8 +33,8 @@ _BOOT = (
     '[g["main"]([*v,"--exit-zero"],io.StringIO(json.dumps(s)))for v,s in r["questions"]]'
 )
 _INSTALL = (
-    "import base64,bz2,os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);os.makedirs(d,exist_ok=True);"
-    "f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
+    "import base64,bz2,os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);"
+    "os.makedirs(d,exist_ok=True);f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
     'o=os.fdopen(f,"wb");o.write(bz2.decompress(base64.b64decode(sys.stdin.read())));o.flush();'
     "os.fsync(f);o.close();os.replace(t,p)"
 )

@@ -94,7 +94,9 @@ def _limit(namespace: str, declared: settings.Namespace, options: pulumi.Resourc
         )
 
 
-def _rules(policy: settings.NetworkPolicy) -> kubernetes.networking.v1.NetworkPolicySpecArgsDict:
+def _rules(
+    policy: settings.NetworkPolicy,
+) -> "kubernetes.networking.v1.NetworkPolicySpecArgsDict":
     """One policy for all pods: an edit of it leaves no moment in which too much is denied."""
     within: list[Any] = [{"pod_selector": {}}]
     dns: Any = {

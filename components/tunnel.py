@@ -9,8 +9,8 @@ live tunnel: the key under ``homelab:tunnels`` is the tunnel's name, ``adopt.con
 Cloudflare says today. Cloudflare never tells the secret, so it is left alone while ``adopt`` is
 there; ``secret`` must then be the ``TunnelSecret`` of the credentials file in use, since our
 connector's token is made from it. After that up ``adopt`` can go; the tunnel's secret then becomes
-the declared one, in place. Records and Access applications that exist are brought in by `pulumi
-import` first: creating them fails.
+the declared one, in place. Records and Access applications that exist are brought in by `make
+adopt` (:mod:`components.recovery`): creating them fails.
 
 With ``management: local`` the tunnel stays as it is: its ingress rules remain in the connector's
 own file, and only records and Access are made here. With ``remote`` the declared routes are put at

@@ -56,7 +56,14 @@ from hostctl.spec import NAME_SPEC, checked
 from hostctl.storage import storage_check, storage_inspect
 from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
-from hostctl.workloads import cluster_owner, connector_status, connector_stop, rollout, secret_seed
+from hostctl.workloads import (
+    cluster_owner,
+    connector_status,
+    connector_stop,
+    rollout,
+    secret_list,
+    secret_seed,
+)
 
 
 class Verb(NamedTuple):
@@ -419,6 +426,7 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("docker", "find"): Verb(
         docker_find, {"containers": ["cloudflared-p510"], "networks": ["k3d-factory"]}
     ),
+    ("secret", "list"): Verb(secret_list, {"cluster": "factory"}),
     ("units", "install"): Verb(units_install, _UNITS_EXAMPLE, _recorded_units),
     ("units", "status"): Verb(units_status, _UNITS_EXAMPLE, _recorded_units),
     ("units", "remove"): Verb(

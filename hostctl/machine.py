@@ -494,10 +494,8 @@ class Machine:
     def connect(self, address: str, port: int, ca: str, name: str | None = None) -> str | None:
         """Why no TLS connection to a server of this CA (PEM) is had; None when it is. With a name
         its certificate must be of that host name or address, too."""
-        context = ssl.create_default_context(cadata=ca)
+        context = _context(ca)
         context.check_hostname = name is not None
-        # Python 3.13 demands extensions that the certificates of k3s do not have.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         try:
             with (
                 socket.create_connection((address, port), 5) as plain,
@@ -522,22 +520,22 @@ class Machine:
     def put(self, url: str, login: tuple[str, str], body: bytes, ca: str) -> tuple[int, str]:
         """PUT of JSON to a server of this CA (PEM), as a user with a password. Returns status and
         answer; raises OSError."""
-        context = ssl.create_default_context(cadata=ca)
-        context.check_hostname = False
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        parts = urlsplit(url)
-        server = http.client.HTTPSConnection(
-            parts.hostname or "", parts.port, timeout=QUERY_SECONDS, context=context
-        )
         basic = base64.b64encode(":".join(login).encode()).decode("ascii")
         headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic}"}
-        with contextlib.closing(server):
-            try:
-                server.request("PUT", parts.path, body, headers)
-                answer = server.getresponse()
-                return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
-            except http.client.HTTPException as error:
-                raise OSError(str(error) or type(error).__name__) from None
+        return _https("PUT", url, _context(ca), QUERY_SECONDS, body, headers)
+
+    def get(self, url: str, chain: bytes, ca: str) -> tuple[int, str]:
+        """GET from a server of this CA (PEM), as whom the certificate and key of `chain` (PEM)
+        name. Returns status and answer; raises OSError."""
+        context = _context(ca)
+        # OpenSSL reads a key from a file only: this one is in no file system.
+        descriptor = os.memfd_create("chain")
+        try:
+            os.write(descriptor, chain)
+            context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+        return _https("GET", url, context, 5)
 
     def served(self, address: str, port: int) -> Served | None:
         """What a TLS server shows of itself, trusted or not: one whose certificate has expired is
@@ -642,6 +640,35 @@ def _ended(child: Any, workers: Sequence[threading.Thread], seconds: float) -> b
         child.wait(max(0.0, until - time.monotonic()))
         return True
     return False
+
+
+def _context(ca: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=ca)
+    context.check_hostname = False
+    # Python 3.13 demands extensions that the certificates of k3s do not have.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def _https(
+    method: str,
+    url: str,
+    context: ssl.SSLContext,
+    seconds: float,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    parts = urlsplit(url)
+    server = http.client.HTTPSConnection(
+        parts.hostname or "", parts.port, timeout=seconds, context=context
+    )
+    with contextlib.closing(server):
+        try:
+            server.request(method, parts.path, body, dict(headers or {}))
+            answer = server.getresponse()
+            return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
+        except http.client.HTTPException as error:
+            raise OSError(str(error) or type(error).__name__) from None
 
 
 def _socket(address: str, protocol: str = "tcp") -> socket.socket:

@@ -47,6 +47,20 @@ MODULES = (
     "k3s_snapshots",
     "cli",
 )
+# Python keeps the bytecode of a module beside it, and compiles a script anew at each start, which
+# takes longer than what most verbs do. -I: what lies in the caller's directory is none of it.
+_START = """\
+#!/bin/sh
+""\":"
+exec python3 -ISc 'import sys
+from importlib import machinery, util
+sys.argv.pop(0)
+loader = machinery.SourceFileLoader("hostctl", sys.argv[0])
+hostctl = util.module_from_spec(util.spec_from_loader("hostctl", loader))
+loader.exec_module(hostctl)
+sys.exit(hostctl.main())' "$0" "$@"
+""\"
+"""
 # Before anything that an older Python does not know; what is above it, it does.
 _GUARD = """
 if sys.version_info < (3, 9):
@@ -72,7 +86,7 @@ _STANDARD = re.compile(r"(?:import|from) [^\n(]*\n")
 
 @cache
 def text() -> str:
-    """The program: `python3 hostctl.py VERB...`, and what the host is given to run."""
+    """The program, an executable for sh and python3, and what the host is given to run."""
     introduction = (_HERE / "__init__.py").read_text(encoding="utf-8")
     imports: set[str] = set()
     parts = []
@@ -86,7 +100,7 @@ def text() -> str:
     imports.discard("from __future__ import annotations\n")
     return "\n\n".join(
         [
-            f"#!/usr/bin/env python3\n{introduction}\nfrom __future__ import annotations\n\n"
+            f"{_START}\nfrom __future__ import annotations\n\n__doc__ = {introduction}\n"
             + "".join(sorted(imports, key=lambda line: (line.startswith("from"), line)))
             + _GUARD,
             *parts,

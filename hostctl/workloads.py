@@ -319,12 +319,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     if wanted["namespace"]:
         arguments.append(f"--namespace={wanted['namespace']}")
     nobody: Result = {"managers": [], "argocd": None}
-    server = f"k3d-{wanted['cluster']}-server-0"
-    if wanted["kubeconfig"]:
-        with machine.private_file(wanted["kubeconfig"].encode()) as path:
-            seen = run_kubectl(machine, path, arguments, step, raw=True)
-    else:
-        seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+    seen = _asked(machine, wanted, arguments, step)
     if seen.code:
         if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
             return {"exists": None, **nobody, "detail": seen.complaint}
@@ -341,3 +336,41 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
         # The older way of tracking, by a label that others use too.
         application = (metadata.get("labels") or {}).get("app.kubernetes.io/instance")
     return {"exists": True, "managers": managers, "argocd": application, "detail": ""}
+
+
+def _asked(machine: Machine, wanted: Mapping[str, Any], arguments: Sequence[str], step: str) -> Ran:
+    if wanted["kubeconfig"]:
+        with machine.private_file(wanted["kubeconfig"].encode()) as path:
+            return run_kubectl(machine, path, arguments, step, raw=True)
+    server = f"k3d-{wanted['cluster']}-server-0"
+    return attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+
+
+# What the cluster, or a tool in it, makes by itself.
+_MADE_TYPES = (
+    "kubernetes.io/service-account-token",
+    "bootstrap.kubernetes.io/token",
+    "helm.sh/release.v1",
+)
+
+
+def secret_list(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Names the Secrets that someone made: without those of the cluster itself, of a controller, or
+    of an ArgoCD Application, which makes them again. Asked as `cluster owner` asks."""
+    shape = {key: OWNER_SPEC[key] for key in ("cluster", "kubeconfig")}
+    wanted = checked(spec, shape, "secret list")
+    step = f"listing the Secrets of cluster {wanted['cluster']}"
+    arguments = ["get", "secrets", "--all-namespaces", "--output=json"]
+    seen = _asked(machine, wanted, arguments, step)
+    if seen.code:
+        raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
+    return {
+        "secrets": [
+            {"namespace": one["metadata"]["namespace"], "name": one["metadata"]["name"]}
+            for one in parse_json(seen.out, step)["items"]
+            if one.get("type") not in _MADE_TYPES
+            and not one["metadata"]["namespace"].startswith("kube-")
+            and not one["metadata"].get("ownerReferences")
+            and "argocd.argoproj.io/tracking-id" not in (one["metadata"].get("annotations") or {})
+        ]
+    }

@@ -528,6 +528,16 @@ class RehearsalMachine(Machine):
                 return "certificate verify failed: self-signed certificate in certificate chain"
         return "[Errno 111] Connection refused"
 
+    def get(self, url: str, chain: bytes, ca: str) -> tuple[int, str]:
+        """Of an API server only whether it is ready is asked so."""
+        parts = urlsplit(url)
+        if parts.path != "/readyz":
+            raise _Usage(f"GET {url}")
+        refused = self.connect(parts.hostname or "", parts.port or 443, ca)
+        if refused:
+            raise ConnectionError(refused)
+        return 200, "ok"
+
     def post(self, socket_path: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         """Docker's API, of which only the making of a node is known."""
         found = re.fullmatch(r"/v1\.50/containers/create\?name=([a-z0-9-]+)", path)

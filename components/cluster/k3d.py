@@ -202,7 +202,9 @@ def _rotated_kubeconfig(
     """
     if not (pulumi.runtime.is_dry_run() and seen["state"] == "running"):
         return None
-    adopting = os.environ.get("HOMELAB_ADOPTING")  # the state has none: components/recovery/adopt.py
+    adopting = os.environ.get(
+        "HOMELAB_ADOPTING"
+    )  # the state has none: components/recovery/adopt.py
     if seen["differences"] or not (seen["kubeconfig_behind"] or adopting):
         return None
     spec = {"name": cluster.name, "server": server_url(cluster)}

@@ -14,12 +14,13 @@ import yaml
 
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, is_unknown, natural_key
-from components.recovery.look import look_up
+from components.recovery.look import look_up, undeclared_secrets
 from components.recovery.state import (
     Difference,
     Resource,
     described,
     difference,
+    read_anew,
     refuse_to_overwrite,
     take,
 )
@@ -57,7 +58,15 @@ def adopt(engine: Engine, take: bool = False) -> None:
     with _aside(engine, known) as aside:
         found = _find(aside)
         state = aside.export()
+        secrets = {
+            resource["id"]
+            for resource in state["deployment"]["resources"]
+            if resource["type"] == "kubernetes:core/v1:Secret"
+        }
+        undeclared = undeclared_secrets(aside, secrets)
     _report(engine, found)
+    for name in undeclared:
+        engine.say(f"Secret in the cluster that is declared nowhere: {name}")
     conflicts = [one for one in found.differences if one.overwrites]
     if not take:
         if conflicts:
@@ -125,9 +134,7 @@ def _find(aside: Engine) -> _Found:
         if entries:
             take(state["deployment"], _with_owners(plan, resources, entries))
             aside.import_(state)
-            aside.refresh([goal["urn"] for goal, _ in entries])
-            held = {one["urn"] for one in aside.export()["deployment"]["resources"]}
-            found.taken += [goal["urn"] for goal, _ in entries if goal["urn"] in held]
+            found.taken += sorted(read_anew(aside, {goal["urn"] for goal, _ in entries}))
     for step in steps:
         if step["urn"] in found.taken and step["op"] not in ("same", "read", "refresh"):
             found.differences.append(difference(step))

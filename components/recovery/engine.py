@@ -87,7 +87,8 @@ class Engine:
             if not shown:
                 out, err = process.communicate(input)
                 return process.returncode, out, err
-            assert process.stdin and process.stdout
+            assert process.stdin
+            assert process.stdout
             process.stdin.close()
             lines = []
             for line in process.stdout:
@@ -104,8 +105,8 @@ class Engine:
         ]
         if not locks:
             raise RecoveryError(
-                f"the stack is locked.\n  Cause: {said.strip()}\n  Remedy: see whether that run goes"
-                " on; if not, `pulumi cancel` and run this again."
+                f"the stack is locked.\n  Cause: {said.strip()}\n  Remedy: see whether that run"
+                " goes on; if not, `pulumi cancel` and run this again."
             )
         here = socket.gethostname()
         for lock, holder in zip(locks, held, strict=True):

@@ -7,7 +7,13 @@ from components.recovery.backend import mend
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, natural_key
 from components.recovery.look import look_up
-from components.recovery.state import described, differences, refuse_to_overwrite, take
+from components.recovery.state import (
+    described,
+    differences,
+    read_anew,
+    refuse_to_overwrite,
+    take,
+)
 
 
 def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
@@ -61,9 +67,7 @@ def _settle(engine: Engine, begun: list[dict[str, Any]]) -> None:
     if not made:
         return
     # Drops those that are not there after all: their create was cut off before it began.
-    engine.refresh([resource["urn"] for resource, _ in made])
-    held = {r["urn"] for r in engine.export()["deployment"]["resources"]}
-    taken = [resource["urn"] for resource, _ in made if resource["urn"] in held]
-    for urn in taken:
+    taken = read_anew(engine, {resource["urn"] for resource, _ in made})
+    for urn in sorted(taken):
         engine.say(f"exists, taken into the state: {described(urn)}")
     refuse_to_overwrite([d for d in differences(engine, taken) if d.overwrites] if taken else [])

@@ -38,6 +38,31 @@ def take(deployment: dict[str, Any], taken: Iterable[tuple[Resource, str]]) -> N
         )
 
 
+def read_anew(engine: Engine, urns: Collection[str]) -> set[str]:
+    """Has the providers read what was taken; those that are there stay in the state and are
+    returned.
+
+    A Kubernetes object stays with the field manager that made it: of another one its next change
+    would be refused as a conflict (pulumi-kubernetes, provider.go, fieldManagerName).
+    """
+    engine.refresh(sorted(urns))
+    state = engine.export()
+    there = [one for one in state["deployment"]["resources"] if one["urn"] in urns]
+    for resource in there:
+        outputs = resource.get("outputs") or {}
+        if "__fieldManager" not in outputs:
+            continue
+        managers = {
+            entry["manager"]
+            for entry in (outputs.get("metadata") or {}).get("managedFields") or []
+            if entry["manager"].startswith("pulumi-kubernetes-") and not entry.get("subresource")
+        }
+        if len(managers) == 1:
+            outputs["__fieldManager"] = managers.pop()
+    engine.import_(state)
+    return {resource["urn"] for resource in there}
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where an object differs from what the program declares. ``paths`` name fields, never what is

@@ -56,3 +56,30 @@ def test_three_servers_keep_their_data_when_they_are_restarted_in_another_order(
     again = host.done("k3d", "ensure", spec=several)["cluster"]
     assert again["identity"] == made["identity"]
     assert host.kubectl("get", "configmap", "marker", "--output=jsonpath={.data.a}") == "b"
+
+
+def test_secrets_are_encrypted_in_the_datastore_and_images_come_from_a_file(host, spec, network):
+    encrypted = {**spec, "secrets_encryption": True}
+    host.done("k3d", "ensure", spec=encrypted)
+    assert host.done("k3d", "inspect", spec=encrypted)["cluster"]["differences"] == []
+    host.kubectl("create", "configmap", "readable", "--from-literal=a=seen-in-the-datastore")
+    host.kubectl("create", "secret", "generic", "hidden", "--from-literal=a=never-in-the-datastore")
+    host.done("k3d", "stop", spec={"name": "factory"})
+    files = "k3d-factory-server-0:/var/lib/rancher/k3s/server/db"
+    datastore = host.engine.docker("cp", files, "-")
+    assert "seen-in-the-datastore" in datastore
+    assert "never-in-the-datastore" not in datastore
+    host.done("k3d", "ensure", spec=encrypted)
+    assert host.kubectl("get", "secret", "hidden", "--output=jsonpath={.metadata.name}") == "hidden"
+
+    archive = host.engine.root / "images.tar"
+    host.engine.docker("tag", spec["image"], "carried:1")
+    host.engine.docker("save", "--output", str(archive), "carried:1")
+    [file] = host.done("images", "digest", spec={"files": [str(archive)]})["files"]
+    wanted = {"cluster": "factory", "files": [file]}
+    imported = host.done("images", "import", spec=wanted)["imported"]
+    assert imported == [{"path": str(archive), "node": "k3d-factory-server-0"}]
+    images = host.engine.docker("exec", "k3d-factory-server-0", "ctr", "images", "ls", "-q")
+    assert "docker.io/library/carried:1" in images.split()
+    assert host.done("images", "import", spec=wanted)["imported"] == []
+    host.engine.docker("rmi", "carried:1")

@@ -86,8 +86,27 @@ def test_the_install_line_writes_the_program_atomically(tmp_path):
     installed = tmp_path / "new_directory" / "hostctl"
     assert installed.stat().st_mode & 0o777 == 0o755
     assert installed.read_text() == program.text()
-    assert "broken night" in subprocess.check_output([installed, "--help"], text=True)
     assert [entry.name for entry in installed.parent.iterdir()] == ["hostctl"]
+
+
+def test_the_installed_program_runs_from_anywhere_and_keeps_its_bytecode(tmp_path):
+    link = connection(hostctl=str(tmp_path / "bin" / "hostctl"))
+    subprocess.run(["sh", "-c", link.install_line()], input=link.program, text=True, check=True)
+    # In a directory of somebody else's: nothing there is taken for Python's own.
+    (tmp_path / "json.py").write_text("raise SystemExit('not the json that was meant')")
+    for _ in range(2):
+        ran = subprocess.run(
+            ["bin/hostctl", "k3d", "inspect"],
+            input="{",
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert ran.returncode == 2, ran.stderr
+        assert "not JSON" in json.loads(ran.stdout)["error"]["cause"]
+    [kept] = (tmp_path / "bin" / "__pycache__").iterdir()
+    assert kept.suffix == ".pyc"
 
 
 def test_the_shipped_program_runs_a_verb_without_being_installed():

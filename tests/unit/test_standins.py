@@ -805,6 +805,23 @@ def test_credentials_are_needed(service: Cloudflare):
         service.configure({})
 
 
+TUNNELS = "cloudflare:index/getZeroTrustTunnelCloudflareds:getZeroTrustTunnelCloudflareds"
+
+
+def test_what_an_account_has_is_listed_without_its_secrets(service: Cloudflare):
+    there = {"id": "1", "name": "factory", "accountId": "a", "tunnelSecret": "canary"}
+    service.world.put("tunnel/a/factory", there)
+    service.world.put("tunnel/b/other", {**there, "accountId": "b"})
+    service.world.put("tunnel/a/gone", {**there, "name": "gone", "deletedAt": "2026-01-01"})
+    asked_for = {"accountId": "a", "isDeleted": False}
+    listed = service.invoke(TUNNELS, asked_for, preview=True)["results"]
+    assert listed == [{"id": "1", "name": "factory", "accountId": "a"}]
+    with pytest.raises(Failure, match="needs accountId"):
+        service.invoke(TUNNELS, {}, preview=True)
+    with pytest.raises(Failure, match="does not know"):
+        service.invoke(TUNNELS, {**asked_for, "name": "factory"}, preview=True)
+
+
 # command
 
 BOOT = "import io,json,sys;r=json.load(sys.stdin)"

@@ -1,0 +1,186 @@
+"""What exists and is not in the state: after a kill, a lost state, and from the incumbent.
+
+By the commands that a person runs, `make recover` and `make adopt`, on a stack of one of each kind
+of object that is found by a natural key.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.recovery import Engine, RecoveryError, adopt, recover
+from rehearsal.run import Rehearsal, Secret
+from tests.engine.conftest import edited_file, urns
+
+pytestmark = pytest.mark.engine
+
+ACCOUNT, ZONE = "a" * 32, "e" * 32
+PASSWORD = "a password of the incumbent"
+
+
+class Dev(Rehearsal):
+    """A small stack: a cluster, a Secret in it, a tunnel with a gated hostname, its container."""
+
+    def __init__(self, directory: Path) -> None:
+        self.said: list[str] = []
+        tunnel = {
+            "secret": Secret("dGhlIHNlY3JldCB0aGF0IHRoZSBpbmN1bWJlbnQgdXNlcy4u"),
+            "connector": {"kind": "host", "image": "cloudflare/cloudflared:2025.4.0"},
+            "routes": [
+                {
+                    "hostname": "app.example.org",
+                    "service": "http://localhost:80",
+                    "access": {"emails": ["someone@example.org"]},
+                },
+            ],
+        }
+        settings = {
+            "cluster": {"image": "rancher/k3s:v1.31.5-k3s1"},
+            "secrets": {"default": {"database": {"data": {"password": Secret("declared")}}}},
+            "cloudflare": {
+                "accountId": ACCOUNT,
+                "apiToken": Secret("t" * 40),
+                "zones": {"example.org": ZONE},
+            },
+            "tunnels": {"dev": tunnel},
+        }
+        super().__init__(directory, "dev", settings)
+
+    @property
+    def engine(self) -> Engine:
+        """How `make` reaches it."""
+        environment = self.process_environment()
+        return Engine(self.directory / "project", "dev", environment, say=self.said.append)
+
+    @property
+    def world(self) -> dict[str, str]:
+        """All objects that the stand-ins made, by file."""
+        root = self.directory / "world"
+        return {
+            str(file.relative_to(root)): file.read_text()
+            for file in root.rglob("*.json")
+            if file.is_relative_to(root / "kubernetes")
+            or file.is_relative_to(root / "docker")
+            or file.is_relative_to(root / "cloudflare")
+        }
+
+    def lose_state(self) -> None:
+        shutil.rmtree(self.directory / "state" / ".pulumi")
+
+    def secret_file(self, name: str) -> Path:
+        [file] = (self.directory / "world/kubernetes").glob(f"*/default/Secret/{name}.json")
+        return file
+
+
+def ids(stack: Dev) -> dict[str, str]:
+    """The ids of what the state holds of the world; of Kubernetes objects the field manager too."""
+    made = ("kubernetes:", "docker:", "cloudflare:")
+    return {
+        r["urn"]: f"{r['id']} {r['outputs'].get('__fieldManager')}"
+        for r in stack.resources()
+        if r["type"].startswith(made)
+    }
+
+
+@contextlib.contextmanager
+def cut_off(stack: Dev, fault: dict[str, Any]) -> Iterator[None]:
+    """An up whose engine is killed where the fault holds it."""
+    stack.set_faults([{"method": "Create", "do": "hang", **fault}])
+    taken = stack.directory / "faults"
+    with stack.start("up", "--yes", "--skip-preview") as process:
+        deadline = time.monotonic() + 120
+        while not (taken.is_dir() and any(taken.iterdir())):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    stack.set_faults([])
+    yield
+
+
+@pytest.fixture(scope="module")
+def brought_up(tmp_path_factory: pytest.TempPathFactory) -> Dev:
+    stack = Dev(tmp_path_factory.mktemp("dev"))
+    stack.up()
+    return stack
+
+
+@pytest.fixture
+def dev(brought_up: Dev, tmp_path: Path) -> Dev:
+    shutil.copytree(brought_up.directory, tmp_path / "dev")
+    return Dev(tmp_path / "dev")
+
+
+def test_a_killed_up_is_gone_on_with_and_makes_nothing_twice(brought_up: Dev, tmp_path: Path):
+    stack = Dev(tmp_path / "dev")
+    tunnel = {"provider": "cloudflare", "urn": "*Cloudflared::dev", "when": "after"}
+    with cut_off(stack, tunnel):
+        assert "currently locked" in stack.pulumi("refresh", "--yes", check=False).stderr
+        recover(stack.engine)
+    assert any(line.startswith("lock: ") for line in stack.said)
+    assert "exists, taken into the state: ZeroTrustTunnelCloudflared dev" in stack.said
+    assert urns(stack) == urns(brought_up)
+    assert not stack.export()["deployment"].get("pending_operations")
+    [tunnels] = (stack.directory / "world/cloudflare/tunnel").iterdir()
+    assert len(list(tunnels.iterdir())) == 1
+    assert stack.up("--expect-no-changes").changes == {}
+
+
+def test_a_lock_is_left_alone_unless_its_run_is_dead_on_this_host(dev: Dev):
+    locks = dev.directory / "state/.pulumi/locks/organization/homelab/dev"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = {"username": "someone", "timestamp": "2026-01-02T03:04:05Z"}
+    file = locks / "01234567.json"
+    file.write_text(json.dumps({**lock, "hostname": "elsewhere", "pid": 1}))
+    with pytest.raises(RecoveryError, match="run this on elsewhere"):
+        recover(dev.engine)
+    with dev.start("preview") as alive:
+        here = {**lock, "hostname": os.uname().nodename, "pid": alive.pid}
+        file.write_text(json.dumps(here))
+        with pytest.raises(RecoveryError, match="that process is alive on this host"):
+            recover(dev.engine)
+        alive.kill()
+    assert file.exists()
+
+
+def test_a_checkpoint_that_a_kill_cut_off_is_read_again(dev: Dev):
+    held = urns(dev)
+    checkpoint = dev.directory / "state/.pulumi/stacks/homelab/dev.json"
+    checkpoint.with_name("dev.json.attrs").write_text("")
+    checkpoint.write_text(checkpoint.read_text()[:1000])
+    assert dev.pulumi("stack", "export", check=False).code != 0
+    recover(dev.engine)
+    assert urns(dev) == held
+
+
+def test_a_lost_state_is_rebuilt_from_what_exists(dev: Dev):
+    before, objects = ids(dev), dev.world
+    dev.lose_state()
+    adopt(dev.engine, take=True)
+    assert any("0 of them differ, 0 do not exist" in line for line in dev.said)
+    assert ids(dev) == before
+    assert dev.world == objects
+
+
+def test_a_secret_of_the_incumbent_that_differs_is_named_and_never_overwritten(dev: Dev):
+    dev.lose_state()
+    with edited_file(dev.secret_file("database")) as database:
+        database["data"]["password"] = "YSBwYXNzd29yZCBvZiB0aGUgaW5jdW1iZW50"
+        by_hand = {**database, "metadata": {**database["metadata"], "name": "by-hand"}}
+    dev.secret_file("database").with_name("by-hand.json").write_text(json.dumps(by_hand))
+    objects = dev.world
+    with pytest.raises(RecoveryError, match=r"Secret default/database: .*password"):
+        adopt(dev.engine, take=True)
+    assert "Secret in the cluster that is declared nowhere: default/by-hand" in dev.said
+    assert "default/database" not in "".join(line for line in dev.said if "nowhere" in line)
+    assert dev.world == objects
+    assert PASSWORD not in "".join(dev.said)
+    assert dev.pulumi("stack", "export", check=False).code != 0
