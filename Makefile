@@ -5,6 +5,7 @@ TESTS ?=
 TAKE ?=
 UNLOCK ?=
 DESTROY ?=
+FUZZ ?= 40
 MUTANTS ?=
 setup = $(PYTHON) -m setup
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
@@ -14,7 +15,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recover adopt rehearse test kill check fleet mutants bench format
+.PHONY: help setup recover adopt rehearse test fuzz kill check fleet mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +37,9 @@ test: ## all tests; some of them: make test TESTS=tests/unit
 
 kill: ## kill a rehearsed up, edit and destroy at every step and recover, which takes hours: make kill STACK=every-kind
 	@$(setup) -- .venv/bin/python -m tests.engine.test_killed $(STACK)
+
+fuzz: setup ## hostile settings, specs and tools' output, FUZZ times what `make test` tries of them
+	@HOMELAB_FUZZ=$(FUZZ) .venv/bin/pytest -n 2 --dist worksteal tests/fuzz
 
 check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
 	@.venv/bin/ruff check

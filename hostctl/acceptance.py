@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hostctl.cluster import Cluster, look
+from hostctl.cluster import Cluster, look, parse_json
 from hostctl.cluster_backup import utc
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, Result, say
@@ -203,7 +203,7 @@ def _end_of(machine: Machine, cluster: Cluster, pod: str) -> tuple[bool, int | N
     ran = _kubectl(machine, cluster, argv)
     if ran.code:
         return "NotFound" in ran.complaint, None, ran.complaint
-    status = json.loads(ran.out).get("status") or {}
+    status = parse_json(ran.out, "looking at the pod").get("status") or {}
     for container in status.get("containerStatuses") or []:
         state = container.get("state") or {}
         ended, waiting = state.get("terminated"), state.get("waiting")

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, and
-    how its acceptance went where its kind has one.
+    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, how
+    its acceptance went where its kind has one, and when its backups were proved.
     """
 
     cluster: Cluster | None = None
     output: pulumi.Output[homelab.Cluster] | None = None
     kubeconfig: pulumi.Output[str] | None = None
     acceptance: pulumi.Output[homelab.Acceptance] | None = None
+    backups: Mapping[str, Mapping[str, homelab.VerifiedRestore]] | None = None
 
 
 class Kind(Protocol):
@@ -145,7 +146,13 @@ class _K3d:
             pod_network.append(Calico(name, CalicoArgs(self._cluster.pod_subnet, cluster)))
         LocalStorage(name, LocalStorageArgs(self._cluster.storage_class, cluster))
         Units(name, UnitsArgs(self._stack, self._units, host, after=[k3d]))
-        return Declared(cluster, k3d.output, kubeconfig.content, k3d.accept(pod_network))
+        return Declared(
+            cluster,
+            k3d.output,
+            kubeconfig.content,
+            k3d.accept(pod_network),
+            self._units.output or None,
+        )
 
 
 class _Existing:

@@ -70,7 +70,13 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
+from components.settings.upkeep import (
+    Backups,
+    Cleaning,
+    PostgresBackup,
+    S3Target,
+    VolumeBackup,
+)
 
 __all__ = [
     "Acceptance",
@@ -129,6 +135,7 @@ __all__ = [
     "PublishedPort",
     "Role",
     "Route",
+    "S3Target",
     "Secret",
     "SecretCopy",
     "SecretReference",

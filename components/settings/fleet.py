@@ -151,11 +151,13 @@ class Stack:
     """A stack by the name of its file and by what it claims.
 
     ``problems`` are its settings that cannot be understood; of those it claims nothing.
+    ``moved_from`` is the stack whose cluster it awaits.
     """
 
     file: str
     claims: Sequence[Claim]
     problems: Sequence[str] = ()
+    moved_from: str | None = None
 
     @classmethod
     def of(cls, name: str, settings: Settings, problems: Sequence[Problem] = ()) -> "Stack":
@@ -179,7 +181,9 @@ class Stack:
             for claim in _claims(name, settings)
             if stands(claim.path) and not (claim.place or "").startswith(tuple(unknown))
         )
-        return cls(f"Pulumi.{name}.yaml", claims, tuple(map(str, problems)))
+        cluster = settings.cluster
+        awaits = cluster.moved_from if isinstance(cluster, K3dCluster) else None
+        return cls(f"Pulumi.{name}.yaml", claims, tuple(map(str, problems)), awaits)
 
     @classmethod
     def read(cls, file: FilePath) -> "Stack":
@@ -223,6 +227,20 @@ def collisions(stack: Stack, other: Stack) -> Iterator[Problem]:
         for theirs in candidates:
             if claim.collides(theirs):
                 yield _problem(claim, theirs, other.file)
+
+
+def strays(stack: Stack, others: Iterable[Stack]) -> Iterator[Problem]:
+    """What a stack names that is no other stack of the project: movedFrom."""
+    files = sorted(other.file for other in others if other.file != stack.file)
+    if stack.moved_from and f"Pulumi.{stack.moved_from}.yaml" not in files:
+        yield Problem(
+            ("cluster", "movedFrom"),
+            stack.moved_from,
+            f"a stack that has one of the files {', '.join(files)}" if files else "another stack",
+            "correct the name; once the cluster lives here and the old stack is gone, remove the"
+            " key (docs/move.md)",
+            "is no other stack of this project",
+        )
 
 
 def _problem(mine: Claim, theirs: Claim, file: str) -> Problem:

@@ -414,6 +414,19 @@ def test_destroy_needs_the_typed_name_and_then_leaves_no_k3s(tower):
         assert not [n for n in machine.names("/etc/systemd/system") if n.startswith("k3s")]
 
 
+def test_a_destroy_without_its_preview_stops_before_any_node(tower):
+    longhorn = next(r["urn"] for r in tower.resources() if r["urn"].endswith("Release::longhorn"))
+    tower.pulumi("state", "unprotect", "--yes", longhorn)
+    refused = tower.destroy(check=False)
+    assert refused.code != 0
+    assert "kubeconfig file" in refused.stdout + refused.stderr
+    assert [name for name, one in tower.members.items() if one["running"]] == list(NODES)
+    for address in (MASTER, WORKER, SECOND):
+        assert tower.machine(address).exists("/usr/local/bin/k3s")
+    kept = {r["urn"].rpartition("::")[2] for r in tower.resources()}
+    assert kept >= {name for node in NODES for name in (node, f"uncordon {node}")}
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         stack = Tower(Path(directory))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hostctl.cluster_backup import utc
 from hostctl.machine import Ran
 from hostctl.units import _calendar, _cron
 from tests.unit.test_hostctl import SPEC, Host
@@ -75,6 +76,35 @@ def told(host: Host, unit: str, **facts: str) -> None:
 
 def states(seen: Any) -> dict[str, str]:
     return {name: unit["installed"] for name, unit in seen["units"].items()}
+
+
+TARGET = {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_daily": 7}
+COPIES: dict[str, Any] = {"targets": [TARGET], "verify": "Sun 05:00", "verified_within_days": 8}
+
+
+def test_copies_are_verified_on_a_schedule_and_a_preview_says_when_they_were_not(
+    live: Host,
+) -> None:
+    up(live, **COPIES)
+    assert "ExecStart=/var/lib/homelab/hostctl backup verify factory" in text(
+        live, "homelab-factory-verify.service"
+    )
+    assert "OnCalendar=Sun *-*-* 05:00:00" in text(live, "homelab-factory-verify.timer")
+    never = "the copy of skillai at nas was verified never, allowed are 8 days"
+    assert status(live, **COPIES)["notes"] == [f"{never}: hostctl backup verify factory"]
+
+    record = "/var/lib/homelab/clusters/factory.json"
+    seen = {"at": utc(live.machine.now()), "taken": "2026-11-21T00:00:01Z", "recovery_seconds": 7}
+    content = {**json.loads(live.machine.read(record)), "verified": {"nas": {"skillai": seen}}}
+    live.machine.write_atomic(record, json.dumps(content).encode(), 0o644)
+    seen_now = status(live, **COPIES)
+    assert (seen_now["notes"], seen_now["verified"]) == ([], {"nas": {"skillai": seen}})
+    live.machine.sleep(9 * 86400)
+    (note,) = status(live, **COPIES)["notes"]
+    assert "the copy of skillai at nas was verified 9 days ago, allowed are 8 days" in note
+
+    up(live)
+    assert not live.machine.exists(f"{SYSTEMD}/homelab-factory-verify.timer")
 
 
 # systemd

@@ -18,6 +18,19 @@ STACK: dict[str, Any] = {
         "schedule": "Sun 04:30",
         "keep": 3,
         "items": {"notes": {"kind": "volume", "namespace": "default", "claim": "notes"}},
+        "targets": {
+            "offsite": {
+                "kind": "s3",
+                "endpoint": "s3.example.org",
+                "bucket": "backups",
+                "folder": "lab",
+                "accessKey": "made-up-id",
+                "secretKey": "made-up-key",
+                "password": "made-up-password",
+                "retention": {"last": 2},
+            }
+        },
+        "verify": {"schedule": "Sun 05:00", "withinDays": 8, "directory": "/mnt/tank/restored"},
     },
 }
 
@@ -50,6 +63,21 @@ def test_every_setting_of_the_units_reaches_the_host():
                 "stale_after_hours": None,
             }
         ],
+        "targets": [
+            {
+                "name": "offsite",
+                "kind": "s3",
+                "repository": "s3:https://s3.example.org/backups/lab",
+                "region": None,
+                "keep_last": 2,
+                "keep_daily": 14,
+                "keep_weekly": 8,
+                "keep_monthly": 12,
+            }
+        ],
+        "verify": "Sun 05:00",
+        "verified_within_days": 8,
+        "scratch": "/mnt/tank/restored",
     }
 
 
@@ -70,6 +98,36 @@ def test_the_units_are_one_command_that_destroy_undoes(run_program):
     assert ("Command", "cluster") in command.depends_on
     assert not command.protect
     assert resources["Units", "lab"].outputs == {"installed": ["homelab-lab.service"]}
+
+
+def test_the_keys_of_a_target_reach_the_host_as_private_files_and_are_secret(run_program):
+    def program() -> None:
+        host = Host("p510", Connection(settings.Host()))
+        Units("lab", UnitsArgs(stack(), LiveUnits("systemd", 4), host, []))
+
+    resources = run_program(program, outputs={"Command": answer})
+    units = resources["Command", "units"].inputs
+    assert "made-up" not in json.dumps(units)
+    for name, held in (("password", "made-up-password"), ("credentials", "made-up-key")):
+        command = resources["Command", f"offsite.{name}"]
+        assert command.inputs["delete"].endswith("hostctl files remove")
+        assert command.inputs["logging"] == "none"
+        assert held not in command.inputs["create"]
+        spec = json.loads(command.inputs["stdin"])
+        assert spec["path"] == f"/var/lib/homelab/backups/lab/offsite.{name}"
+        assert (spec["mode"], spec["owner"]) == ("0600", "root")
+        assert held in spec["content"]
+        assert "stdin" in command.secrets
+
+
+def test_the_last_verified_restore_is_an_output():
+    seen = {"at": "2026-11-21T03:00:00Z", "taken": "2026-11-21T00:00:01Z", "recovery_seconds": 7.5}
+    live = LiveUnits("systemd", 0, verified={"offsite": {"notes": {**seen, "bytes": 1}}})
+    assert live.output == {
+        "offsite": {
+            "notes": {"at": seen["at"], "taken": seen["taken"], "recoverySeconds": 7.5},
+        }
+    }
 
 
 @pytest.mark.parametrize(
