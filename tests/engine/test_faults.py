@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rehearsal.run import CHECKOUT, Rehearsal, Run, Secret
-from tests.engine.conftest import edited_file, planned
+from tests.engine.conftest import edited_file, planned, urns
 from tests.engine.every_kind import EveryKind, kinds, state, world
 
 pytestmark = pytest.mark.engine
@@ -255,7 +255,7 @@ SMALL = {
 def test_a_wrong_passphrase_is_named_and_a_truncated_state_is_restored_as_documented(tmp_path):
     stack = Rehearsal(tmp_path, "p510", SMALL)
     stack.up()
-    resources = stack.resources()
+    before = urns(stack)
 
     stack.environment = {"PULUMI_CONFIG_PASSPHRASE": "not the passphrase"}
     for run in (stack.preview(check=False), stack.up(check=False)):
@@ -275,4 +275,4 @@ def test_a_wrong_passphrase_is_named_and_a_truncated_state_is_restored_as_docume
     script = "\n".join(restore).replace("/var/lib/homelab/pulumi", str(tmp_path / "state"))
     subprocess.run(["bash", "-euc", script], check=True, capture_output=True)
     assert planned(stack.up("--refresh")) == set()
-    assert stack.resources() == resources
+    assert urns(stack) == before

@@ -164,10 +164,8 @@ def test_a_checkpoint_that_a_kill_cut_off_is_read_again(dev: Dev):
 def test_a_lost_state_is_rebuilt_from_what_exists(dev: Dev):
     before, objects = ids(dev), dev.world
     dev.lose_state()
-    adopt(dev.engine)
-    assert f"{len(before) - 1} exist, 0 of them differ" in dev.said[-1]
-    assert not (dev.directory / "state/.pulumi/stacks").exists()
     adopt(dev.engine, take=True)
+    assert any("0 of them differ, 0 do not exist" in line for line in dev.said)
     assert ids(dev) == before
     assert dev.world == objects
 
