@@ -5,8 +5,11 @@ TESTS ?=
 TAKE ?=
 UNLOCK ?=
 DESTROY ?=
+FUZZ ?= 40
 MUTANTS ?=
 setup = $(PYTHON) -m setup
+# make status JSON=1
+JSON ?=
 # Only where tests/cluster is going to run: it needs a kube-apiserver.
 cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--cluster)
 
@@ -14,7 +17,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recover adopt rehearse test check fleet mutants bench format
+.PHONY: help setup recover adopt rehearse test fuzz kill check fleet status doctor diagram mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,16 +37,32 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
 
-check: setup ## lint, format, types, import rule, schema, collisions of stacks; no engine
+kill: ## kill a rehearsed up, edit and destroy at every step and recover, which takes hours: make kill STACK=every-kind
+	@$(setup) -- .venv/bin/python -m tests.engine.test_killed $(STACK)
+
+fuzz: setup ## hostile settings, specs and tools' output, FUZZ times what `make test` tries of them
+	@HOMELAB_FUZZ=$(FUZZ) .venv/bin/pytest -n 2 --dist worksteal tests/fuzz
+
+check: setup ## lint, format, types, import rule, schema, collisions of stacks, pictures; no engine
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/pyright
 	@.venv/bin/lint-imports
 	@.venv/bin/python -m components.settings.schema --check
 	@.venv/bin/python -m components.settings
+	@.venv/bin/python -m diagram --check
 
 fleet: setup ## whether two stacks want the same address, port, directory, hostname or name
 	@.venv/bin/python -m components.settings
+
+status: ## what is there now against what is declared: make status STACK=p510, JSON=1; exit 1 where it differs, 2 where it cannot tell
+	@$(setup) -- .venv/bin/python -m status $(if $(JSON),--json) $(STACK)
+
+doctor: ## what is wrong with the host of a stack, with remedies: make doctor STACK=p510
+	@$(setup) -- .venv/bin/python -m status --doctor $(if $(JSON),--json) $(STACK)
+
+diagram: setup ## draw what a stack declares, docs/diagrams/<stack>.svg: make diagram STACK=p510
+	@.venv/bin/python -m diagram $(STACK)
 
 mutants: ## show that each incident's test fails without its safeguard; one: MUTANTS=no-lock
 	@$(setup) --cluster -- .venv/bin/python -m tests.cluster.mutants $(MUTANTS)

@@ -44,7 +44,7 @@ if live.answers:
     connection.read(
         together(
             refuse_two_owners(stack.tunnels, name, live.kubeconfig),
-            check_classes(stack.storage, name, live.kubeconfig),
+            check_classes(stack.storage, name, live.kubeconfig, stack.storage_class),
         )
     )
 check_nodes(stack.storage, live.nodes, stack.node_names)
@@ -109,4 +109,5 @@ homelab.export(
     urls=pulumi.Output.all(*(made.urls for made in tunnels.values())).apply(
         lambda urls: {hostname: url for each in urls for hostname, url in each.items()}
     ),
+    backups=declared.backups,
 )

@@ -39,6 +39,8 @@ _INSTALL = (
     "os.fsync(f);o.close();os.replace(t,p)"
 )
 
+_TIME_LIMIT = pulumi.CustomTimeouts(create="1h", update="1h", delete="1h")
+
 
 Question = tuple[Sequence[str], Mapping[str, Any]]
 """A verb of hostctl that only looks, and its spec."""
@@ -157,7 +159,24 @@ class Connection:
         [result] = self._answers([(verb, spec)], may_be_silent=True)
         return result
 
+    def results(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """The results in order, of one call, refusals among them. Raises :class:`Unreachable`."""
+        return self._results(questions, may_be_silent=True)
+
     def _answers(
+        self, questions: Sequence[Question], *, may_be_silent: bool
+    ) -> list[dict[str, Any]]:
+        results = self._results(questions, may_be_silent=may_be_silent)
+        refusals = [
+            f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n"
+            f"  Remedy: {error['remedy']}"
+            for error in (result["error"] for result in results if not result["ok"])
+        ]
+        if refusals:
+            raise HostError("\n".join(dict.fromkeys(refusals)))
+        return results
+
+    def _results(
         self, questions: Sequence[Question], *, may_be_silent: bool
     ) -> list[dict[str, Any]]:
         step = f"hostctl {', '.join(' '.join(verb) for verb, _ in questions)} on {self.name}"
@@ -186,13 +205,6 @@ class Connection:
                 _last_line(answer.stderr) or "no output",
                 "run the verb by hand on the host and read what it prints",
             )
-        refusals = [
-            f"{error['step']} on {self.name} failed.\n  Cause: {error['cause']}\n"
-            f"  Remedy: {error['remedy']}"
-            for error in (result["error"] for result in results if not result["ok"])
-        ]
-        if refusals:
-            raise HostError("\n".join(dict.fromkeys(refusals)))
         return results
 
     @property
@@ -272,7 +284,7 @@ class Host(pulumi.ComponentResource):
             stdin=connection.program,
             logging=local.Logging.STDERR,
             add_previous_output_in_env=False,
-            opts=pulumi.ResourceOptions(parent=self),
+            opts=pulumi.ResourceOptions(parent=self, custom_timeouts=_TIME_LIMIT),
         )
         if k3d and k3d.install:
             release = {"version": k3d.version, "sha256": k3d.sha256, "url": k3d.url}
@@ -316,6 +328,8 @@ class Host(pulumi.ComponentResource):
                     # delete the engine's order stands: only then does it skip what is
                     # `deleted_with` this.
                     delete_before_replace=True if delete else None,
+                    # hostctl bounds all that it waits for; this is for a host that hangs.
+                    custom_timeouts=_TIME_LIMIT,
                     additional_secret_outputs=["stdout", "stderr"] if secret else None,
                 ),
                 opts,

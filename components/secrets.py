@@ -274,6 +274,7 @@ class Secrets(pulumi.ComponentResource):
         )
 
     def _seed(self, value: SecretValue) -> None:
+        namespace = self._namespace(value.namespace)
         self._cluster.host.command(
             f"seed {value.namespace}/{value.name}",
             ["secret", "seed"],
@@ -286,10 +287,11 @@ class Secrets(pulumi.ComponentResource):
                 "labels": _LABELS,
             },
             secret=True,
-            triggers=[self._cluster.incarnation],
+            # In a namespace that was made anew there is no seed.
+            triggers=[self._cluster.incarnation, *(made.metadata.uid for made in namespace)],
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=[self._cluster.provider, *self._namespace(value.namespace)],
+                depends_on=[self._cluster.provider, *namespace],
                 # A changed seed is no change: what the cluster holds is newer (incident 8). A
                 # cluster that is made anew gets the seed of now.
                 ignore_changes=[] if self._cluster.anew else ["stdin"],
@@ -320,6 +322,6 @@ class Secrets(pulumi.ComponentResource):
             lambda seen: _warn_of_bare_pods(namespace, seen.get("left") or [])
         )
 
-    def _namespace(self, name: str) -> list[pulumi.Resource]:
+    def _namespace(self, name: str) -> list[kubernetes.core.v1.Namespace]:
         namespace = self._namespaces.get(name)
         return [namespace] if namespace else []

@@ -6,6 +6,7 @@ from typing import Any
 
 import pulumi
 
+import homelab
 from components import settings
 from components.host import Host, Reading, ask, result
 
@@ -21,6 +22,8 @@ class LiveUnits:
 
     init: str
     generation: int
+    verified: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """The last verified restore by target and item of the backups."""
     failed: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
@@ -32,10 +35,24 @@ class LiveUnits:
         return cls(
             init=seen["init"],
             generation=seen["generation"],
+            verified=seen["verified"],
             failed=seen["failed"],
             notes=seen["notes"],
             unseen=seen["unseen"],
         )
+
+    @property
+    def output(self) -> dict[str, dict[str, homelab.VerifiedRestore]]:
+        """The last verified restore, as consumers of the stack read it."""
+        return {
+            target: {
+                item: homelab.VerifiedRestore(
+                    at=seen["at"], taken=seen["taken"], recoverySeconds=seen["recovery_seconds"]
+                )
+                for item, seen in items.items()
+            }
+            for target, items in self.verified.items()
+        }
 
     def announce(self, host: str) -> None:
         """Warns of what failed since somebody last looked, with the remedy (incident 17)."""
@@ -67,7 +84,65 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
         "items": [
             {"name": name, **item.model_dump(mode="json")} for name, item in backups.items.items()
         ],
+        "watch": _schedule(stack.watching.schedule),
+        "watching": _watched(stack, cluster),
+        "targets": [
+            {
+                "name": name,
+                "kind": target.kind,
+                "repository": target.repository,
+                "region": target.region if isinstance(target, settings.S3Target) else None,
+                **{f"keep_{key}": value for key, value in target.retention.model_dump().items()},
+            }
+            for name, target in backups.targets.items()
+        ],
+        "verify": _schedule(backups.verify.schedule),
+        "verified_within_days": backups.verify.within_days,
+        "scratch": backups.verify.directory,
     }
+
+
+def target_keys(stack: settings.Settings) -> dict[str, str]:
+    """The files of the host that restic reads its secrets from, and their content: of each target
+    its password, of S3 also the keys in the form of AWS's own tools.
+    """
+    files = {}
+    for name, target in stack.backups.targets.items():
+        place = f"/var/lib/homelab/backups/{stack.cluster.name}/{name}"
+        files[f"{place}.password"] = f"{target.password.get_secret_value()}\n"
+        if isinstance(target, settings.S3Target):
+            files[f"{place}.credentials"] = (
+                f"[default]\naws_access_key_id = {target.access_key.get_secret_value()}\n"
+                f"aws_secret_access_key = {target.secret_key.get_secret_value()}\n"
+            )
+    return files
+
+
+def _watched(stack: settings.Settings, cluster: settings.K3dCluster) -> dict[str, Any]:
+    """The settings as `hostctl watch run` takes them; the webhook's URL is a secret, and is not
+    among them.
+    """
+    webhook = stack.watching.webhook
+    hostnames = {
+        route.hostname: None
+        for tunnel in stack.tunnels.values()
+        for route in tunnel.routes
+        if route.service.startswith(("http://", "https://")) and "*" not in route.hostname
+    }
+    return {
+        "cluster": cluster.name,
+        "storage_dir": cluster.storage_dir,
+        "dns": {"name": cluster.acceptance.name, "image": cluster.acceptance.image},
+        "argocd": stack.argocd is not None,
+        "routes": list(hostnames),
+        "metrics": stack.watching.metrics,
+        "webhook": webhook and webhook.kind,
+        "webhook_file": webhook and (webhook.file or _webhook_file(cluster)),
+    }
+
+
+def _webhook_file(cluster: settings.K3dCluster) -> str:
+    return f"/var/lib/homelab/watch/{cluster.name}.webhook"
 
 
 def _schedule(schedule: str) -> str | None:
@@ -85,8 +160,9 @@ class UnitsArgs:
 
 
 class Units(pulumi.ComponentResource):
-    """The host's units of a cluster, one Command around `hostctl units install`; `destroy` removes
-    them, and leaves the backups.
+    """The host's units of a cluster, one Command around `hostctl units install`, and one for each
+    file of secrets: the keys of its backups' targets and the webhook's URL. `destroy` removes them,
+    and leaves the backups.
     """
 
     installed: pulumi.Output[list[str]]
@@ -97,6 +173,16 @@ class Units(pulumi.ComponentResource):
     ) -> None:
         super().__init__("homelab:index:Units", name, None, opts)
         spec = units_spec(args.settings)
+        after = list(args.after)
+        webhook = args.settings.watching.webhook
+        if webhook and webhook.url:
+            path, content = spec["watching"]["webhook_file"], webhook.url.get_secret_value()
+            write = {"path": path, "content": content, "mode": "0600"}
+            child = pulumi.ResourceOptions(parent=self)
+            verb, delete = ["files", "write"], ["files", "remove"]
+            after.append(
+                args.host.command("webhook", verb, write, secret=True, delete=delete, opts=child)
+            )
         # The start is tried once, in the unit's own bounds.
         wait = f"{spec['start_seconds'] + _SLACK_SECONDS}s"
         install = args.host.command(
@@ -106,9 +192,25 @@ class Units(pulumi.ComponentResource):
             delete=["units", "remove"],
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=list(args.after),
+                depends_on=after,
                 custom_timeouts=pulumi.CustomTimeouts(create=wait, update=wait),
             ),
         )
+        for path, content in target_keys(args.settings).items():
+            args.host.command(
+                path.rpartition("/")[2],
+                ["files", "write"],
+                {
+                    "path": path,
+                    "content": content,
+                    "mode": "0600",
+                    "owner": "root",
+                    "group": "root",
+                    "restart_container": None,
+                },
+                secret=True,
+                delete=["files", "remove"],
+                opts=pulumi.ResourceOptions(parent=self),
+            )
         self.installed = result(install).apply(lambda seen: seen["units"])
         self.register_outputs({"installed": self.installed})

@@ -64,6 +64,17 @@ class Tunnel(TypedDict):
     public: list[str]
 
 
+class VerifiedRestore(TypedDict):
+    """An entry of `backups`, by target and item: ``at`` is when the copy was last restored and
+    compared, ``taken`` when the backup was made (both RFC 3339), ``recoverySeconds`` how long the
+    restore took.
+    """
+
+    at: str
+    taken: str
+    recoverySeconds: float
+
+
 class Platform:
     """A homelab stack as its consumers see it.
 
@@ -151,6 +162,13 @@ class Platform:
         """URL of each route by its hostname."""
         return self._read("urls")
 
+    @property
+    def backups(self) -> pulumi.Output[Mapping[str, Mapping[str, VerifiedRestore]] | None]:
+        """The last verified restore by target and item, as of the stack's last up; None where there
+        was none yet.
+        """
+        return self._read("backups", optional=True)
+
     def _read(self, name: str, *, optional: bool = False) -> pulumi.Output[Any]:
         def present(versioned: Sequence[Any]) -> Any:
             value = versioned[1]
@@ -188,6 +206,7 @@ def export(
     ingress: pulumi.Input[str] | None = None,
     tunnels: Mapping[str, pulumi.Input[Tunnel]],
     urls: pulumi.Input[Mapping[str, str]],
+    backups: Mapping[str, Mapping[str, VerifiedRestore]] | None = None,
 ) -> None:
     """Exports a stack's outputs under the names that :class:`Platform` reads. Where the cluster is
     off, reading ``cluster`` or ``kubeconfig`` fails by name.
@@ -202,3 +221,4 @@ def export(
     pulumi.export("argocd", argocd)
     pulumi.export("tunnels", tunnels)
     pulumi.export("urls", urls)
+    pulumi.export("backups", backups)

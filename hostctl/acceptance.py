@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hostctl.cluster import Cluster, look
+from hostctl.cluster import Cluster, look, parse_json
 from hostctl.cluster_backup import utc
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, Result, say
@@ -84,13 +84,18 @@ def _accepted(machine: Machine, cluster: Cluster, host: str, image: str) -> Answ
         if cluster.state == "absent":
             remedy = f"hostctl k3d doctor {cluster.name}"
             return Answer("cannot-tell", "the cluster was deleted meanwhile", remedy)
+    return resolves(machine, cluster, host, image)
+
+
+def resolves(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
+    """Whether a pod of a cluster that answers resolves a name (incident 5). Leaves no pod."""
     try:
-        return _resolves(machine, cluster, host, image)
+        return _resolved(machine, cluster, host, image)
     finally:
         _remove_pods(machine, cluster)
 
 
-def _resolves(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
+def _resolved(machine: Machine, cluster: Cluster, host: str, image: str) -> Answer:
     """Lets one pod after another ask, until one resolves the name or the time is over."""
     until = machine.now() + ACCEPT_SECONDS
     failing, said = 0.0, ""
@@ -203,7 +208,7 @@ def _end_of(machine: Machine, cluster: Cluster, pod: str) -> tuple[bool, int | N
     ran = _kubectl(machine, cluster, argv)
     if ran.code:
         return "NotFound" in ran.complaint, None, ran.complaint
-    status = json.loads(ran.out).get("status") or {}
+    status = parse_json(ran.out, "looking at the pod").get("status") or {}
     for container in status.get("containerStatuses") or []:
         state = container.get("state") or {}
         ended, waiting = state.get("terminated"), state.get("waiting")

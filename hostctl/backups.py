@@ -1,4 +1,4 @@
-"""Verbs: scheduled backups of volumes and databases in the cluster."""
+"""Verbs: scheduled backups of volumes, databases and the datastore."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hostctl.cluster import Cluster, look, parse_json
-from hostctl.cluster_backup import BACKUP_SPARE_BYTES, time_stamp, utc
+from hostctl.cluster_backup import BACKUP_SPARE_BYTES, datastore_of, time_stamp, utc
 from hostctl.live import STORAGE_IN_NODE
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, read_record, record_run, write_record
+from hostctl.restic import TARGET_ITEM, copy_out, open_repository
 from hostctl.spec import (
     CLUSTER_NAME,
     DNS_LABEL,
@@ -20,6 +21,7 @@ from hostctl.spec import (
     OBJECT_NAME,
     Items,
     Value,
+    absolute_path,
     checked,
     number_between,
     one_of,
@@ -35,10 +37,11 @@ _ROLE = text_matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", "a name of PostgreSQL
 _WORKLOAD = r"(deployment|statefulset)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 BACKUP_ITEM: dict[str, Any] = {
     "name": Value(DNS_LABEL),
-    "kind": Value(one_of("volume", "postgres")),
-    "namespace": Value(DNS_LABEL),
+    "kind": Value(one_of("volume", "postgres", "directory", "datastore")),
+    "namespace": Value(or_null(DNS_LABEL), None),
     "stale_after_hours": Value(or_null(number_between(1, 87600)), None),
     "claim": Value(or_null(OBJECT_NAME), None),
+    "path": Value(or_null(absolute_path), None),
     "scale_down": Value(
         or_null(text_matching(_WORKLOAD, "deployment/NAME or statefulset/NAME")), None
     ),
@@ -59,8 +62,13 @@ BACKUP_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "keep": Value(number_between(1, 10000), 14),
     "items": Items(BACKUP_ITEM),
+    "targets": Items(TARGET_ITEM, []),
 }
-_NEEDED = {"volume": ("claim",), "postgres": ("workload", "database", "user")}
+_NEEDED = {
+    "volume": ("namespace", "claim"),
+    "postgres": ("namespace", "workload", "database", "user"),
+    "directory": ("path",),
+}
 _TAKEN = re.compile(r"(\d{8}T\d{6}\.\d{6}Z)\.(tar|dump)(\.sha256)?")
 
 
@@ -79,7 +87,7 @@ def incomplete_items(items: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def backup_run(machine: Machine, spec: dict[str, Any]) -> Result:
     """Takes a backup of each item next to the live storage directory (incident 6), verifies it, and
-    removes those beyond the newest `keep`.
+    removes those beyond the newest `keep`; then copies each to every target by restic.
 
     A volume is copied from the directory that is mounted now, while the workload that writes to it
     is scaled to 0 if `scale_down` names one; a database is dumped in its own pod, with the rights
@@ -95,14 +103,24 @@ def backup_run(machine: Machine, spec: dict[str, Any]) -> Result:
     taken: dict[str, Any] = {}
     failed: dict[str, Failure] = {}
     backup_recover(machine, {"name": name})
-    for item in wanted["items"]:
-        try:
-            # One lock an item: whoever wants to change the cluster waits for the item alone.
-            with cluster_lock(machine, name):
-                taken[item["name"]] = _take(machine, name, item, wanted["keep"])
-        except (Failure, OSError) as error:
-            failed[item["name"]] = failure = _as_failure(error, item["name"])
-            say(f"{failure.step}: {failure.cause}")
+    with machine.lock(f"backup-{name}"):
+        for item in wanted["items"]:
+            try:
+                # One lock an item: whoever wants to change the cluster waits for the item alone.
+                with cluster_lock(machine, name):
+                    taken[item["name"]] = _take(machine, name, item, wanted["keep"])
+            except (Failure, OSError) as error:
+                failed[item["name"]] = failure = as_failure(error, item["name"])
+                say(f"{failure.step}: {failure.cause}")
+        files = {item: one["file"] for item, one in taken.items()}
+        for target in wanted["targets"] if files else []:
+            try:
+                open_repository(machine, name, target, make=True)
+                copy_out(machine, name, target, files)
+            except (Failure, OSError) as error:
+                what = f"target {target['name']}"
+                failed[what] = failure = as_failure(error, what)
+                say(f"{failure.step}: {failure.cause}")
     causes = "; ".join(f"{item}: {failure.cause}" for item, failure in failed.items())
     with cluster_lock(machine, name):
         record_run(machine, name, "backup", utc(machine.now()), causes)
@@ -118,7 +136,7 @@ def backup_run(machine: Machine, spec: dict[str, Any]) -> Result:
     return {"items": taken}
 
 
-def _as_failure(error: Exception, item: str) -> Failure:
+def as_failure(error: Exception, item: str) -> Failure:
     if isinstance(error, Failure):
         return error
     cause = f"{type(error).__name__}: {error}"
@@ -130,12 +148,12 @@ def backup_list(machine: Machine, spec: dict[str, Any]) -> Result:
     name = checked(spec, NAME_SPEC, "backup list")["name"]
     directory = read_record(machine, name).get("backups")
     if not directory:
-        directory = _directory(_present(machine, name, "listing the backups of"))
+        directory = backups_beside(running_cluster(machine, name, "listing the backups of"))
     items: dict[str, Any] = {}
     for item in machine.names(directory):
         items[item] = [
             {"time": stem, "file": path, "bytes": machine.file_bytes(path)}
-            for stem, path in _complete(machine, f"{directory}/{item}")
+            for stem, path in whole_backups(machine, f"{directory}/{item}")
         ]
     return {"directory": directory, "items": items}
 
@@ -148,13 +166,13 @@ def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
     with cluster_lock(machine, name):
         scaled = read_record(machine, name).get("scaled")
         if scaled:
-            cluster = _present(machine, name, "scaling back workloads of")
+            cluster = running_cluster(machine, name, "scaling back workloads of")
             _scale_back(machine, cluster, scaled)
             recovered.append(f"{scaled['namespace']}/{scaled['workload']}")
     return {"recovered": recovered}
 
 
-def _present(machine: Machine, name: str, doing: str) -> Cluster:
+def running_cluster(machine: Machine, name: str, doing: str) -> Cluster:
     cluster = look(machine, name)
     if cluster.state != "running":
         remedy = "hostctl k3d ensure" if cluster.state == "absent" else "hostctl k3d start"
@@ -164,7 +182,7 @@ def _present(machine: Machine, name: str, doing: str) -> Cluster:
     return cluster
 
 
-def _directory(cluster: Cluster) -> str:
+def backups_beside(cluster: Cluster) -> str:
     storage = cluster.first.mount(STORAGE_IN_NODE)
     if not storage:
         raise Failure(
@@ -178,8 +196,8 @@ def _directory(cluster: Cluster) -> str:
 
 def _take(machine: Machine, name: str, item: Mapping[str, Any], keep: int) -> dict[str, Any]:
     """Takes one backup and returns what it made. The caller holds the cluster's lock."""
-    cluster = _present(machine, name, f"backing up {item['name']} of")
-    parent = _directory(cluster)
+    cluster = running_cluster(machine, name, f"backing up {item['name']} of")
+    parent = backups_beside(cluster)
     directory = f"{parent}/{item['name']}"
     for path in (parent.rpartition("/")[0], parent, directory):
         machine.make_directory(path, 0o700)
@@ -187,15 +205,17 @@ def _take(machine: Machine, name: str, item: Mapping[str, Any], keep: int) -> di
         write_record(machine, name, backups=parent)
     _remove_unfinished(machine, directory)
     started = machine.now()
-    kind = "tar" if item["kind"] == "volume" else "dump"
+    kind = "dump" if item["kind"] == "postgres" else "tar"
     path = f"{directory}/{time_stamp(machine)}.{kind}"
     part = f"{path}.part"
     say(f"backing up {item['name']} to {path}")
     try:
-        if item["kind"] == "volume":
-            _copy_volume(machine, cluster, item, part)
-        else:
+        if item["kind"] == "postgres":
             _dump_database(machine, cluster, item, part)
+        elif item["kind"] == "datastore":
+            _copy_datastore(machine, cluster, part)
+        else:
+            _copy_tree(machine, cluster, item, part)
         sum_ = machine.checksum(part)
         machine.publish(part, path)
     except BaseException:
@@ -212,7 +232,7 @@ def _take(machine: Machine, name: str, item: Mapping[str, Any], keep: int) -> di
     }
 
 
-def _complete(machine: Machine, directory: str) -> list[tuple[str, str]]:
+def whole_backups(machine: Machine, directory: str) -> list[tuple[str, str]]:
     """Time and path of each whole backup in a directory, the newest first."""
     names = set(machine.names(directory))
     found = [_TAKEN.fullmatch(name) for name in names]
@@ -228,7 +248,7 @@ def _complete(machine: Machine, directory: str) -> list[tuple[str, str]]:
 
 def _remove_unfinished(machine: Machine, directory: str) -> None:
     """What a run left that was killed before its backup was whole."""
-    whole = {path for _, path in _complete(machine, directory)}
+    whole = {path for _, path in whole_backups(machine, directory)}
     for name in machine.names(directory):
         path = f"{directory}/{name}"
         if name.endswith(".part") or (_TAKEN.fullmatch(name) and not whole & {path, path[:-7]}):
@@ -238,14 +258,14 @@ def _remove_unfinished(machine: Machine, directory: str) -> None:
 
 def _remove_old(machine: Machine, directory: str, keep: int) -> list[str]:
     """Removes all but the newest whole backups; one was just made, so the last is never removed."""
-    old = [path for _, path in _complete(machine, directory)[keep:]]
+    old = [path for _, path in whole_backups(machine, directory)[keep:]]
     for path in old:
         machine.remove(f"{path}.sha256")
         machine.remove(path)
     return old
 
 
-def _require_room(machine: Machine, path: str, size: int, step: str) -> None:
+def require_room(machine: Machine, path: str, size: int, step: str) -> None:
     needed = size + size // 10 + BACKUP_SPARE_BYTES
     free = machine.free_bytes(path)
     if free < needed:
@@ -265,17 +285,18 @@ def _refuse_stale(machine: Machine, item: Mapping[str, Any], written: float, ste
         )
 
 
-# Volumes
+# Volumes and directories
 
 
-def _copy_volume(machine: Machine, cluster: Cluster, item: Mapping[str, Any], part: str) -> None:
-    step = f"backing up volume {item['namespace']}/{item['claim']}"
-    source = _claim_directory(machine, cluster, item, step)
+def _copy_tree(machine: Machine, cluster: Cluster, item: Mapping[str, Any], part: str) -> None:
+    what = item["path"] or f"volume {item['namespace']}/{item['claim']}"
+    step = f"backing up {what}"
+    source = item["path"] or claim_directory(machine, cluster, item, step)
     newest = machine.newest(source)
     if newest is None:
-        raise Failure("refused", step, f"{source} holds no file", "correct the item's claim")
+        raise Failure("refused", step, f"{source} holds no file", "correct the item's source")
     _refuse_stale(machine, item, newest, step)
-    _require_room(machine, part, machine.tree_bytes(source), step)
+    require_room(machine, part, machine.tree_bytes(source), step)
 
     def run(argv: Sequence[str], doing: str) -> Ran:
         def tick(waited: float) -> None:
@@ -287,11 +308,11 @@ def _copy_volume(machine: Machine, cluster: Cluster, item: Mapping[str, Any], pa
 
     pack = ["tar", "--create", "--xattrs", "--acls", "--numeric-owner", "--file", part]
     compare = ["tar", "--compare", "--xattrs", "--acls", "--file", part, "--directory", source]
-    resting = _scaled_down(machine, cluster, item, step) if item["scale_down"] else None
+    resting = scaled_down(machine, cluster, item, step) if item["scale_down"] else None
     with resting or contextlib.nullcontext():
         try:
             run([*pack, "--directory", source, "."], step)
-            run(compare, f"verifying the backup of volume {item['namespace']}/{item['claim']}")
+            run(compare, f"verifying the backup of {what}")
         except Failure as failure:
             if item["scale_down"] or failure.code != "failed":
                 raise
@@ -300,7 +321,7 @@ def _copy_volume(machine: Machine, cluster: Cluster, item: Mapping[str, Any], pa
     machine.set_access(part, 0o600, None, None)
 
 
-def _claim_directory(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str) -> str:
+def claim_directory(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str) -> str:
     """The directory of the host that holds the claim's data: what the live PersistentVolume names,
     seen through what is mounted into its node now, never through the settings (incident 6)."""
     claim = _get(
@@ -357,7 +378,7 @@ def _nodes_of(volume: Mapping[str, Any]) -> set[str]:
 
 
 @contextlib.contextmanager
-def _scaled_down(
+def scaled_down(
     machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str
 ) -> Iterator[None]:
     """Holds the workload at 0 pods. Its number goes into the record first, so that `backup recover`
@@ -387,7 +408,7 @@ def _scale(
     machine: Machine, cluster: Cluster, scaled: Mapping[str, Any], replicas: int, step: str
 ) -> None:
     arguments = ["scale", scaled["workload"], f"--namespace={scaled['namespace']}"]
-    _kubectl_in_node(machine, cluster, [*arguments, f"--replicas={replicas}"], step)
+    kubectl_in_node(machine, cluster, [*arguments, f"--replicas={replicas}"], step)
 
 
 def _scale_back(machine: Machine, cluster: Cluster, scaled: Mapping[str, Any]) -> None:
@@ -453,7 +474,7 @@ def _pods(
     machine: Machine, cluster: Cluster, item: Mapping[str, Any], pods: str, step: str
 ) -> list[Any]:
     arguments = ["get", "pods", f"--namespace={item['namespace']}", f"--selector={pods}"]
-    ran = _kubectl_in_node(machine, cluster, [*arguments, "--output=json"], step)
+    ran = kubectl_in_node(machine, cluster, [*arguments, "--output=json"], step)
     return [
         pod
         for pod in parse_json(ran.out, step)["items"]
@@ -465,17 +486,51 @@ def _get(
     machine: Machine, cluster: Cluster, what: str, namespace: str | None, step: str
 ) -> dict[str, Any]:
     where = [f"--namespace={namespace}"] if namespace else []
-    ran = _kubectl_in_node(machine, cluster, ["get", what, *where, "--output=json"], step)
+    ran = kubectl_in_node(machine, cluster, ["get", what, *where, "--output=json"], step)
     return parse_json(ran.out, step)
 
 
-def _kubectl_in_node(
+def kubectl_in_node(
     machine: Machine, cluster: Cluster, arguments: Sequence[str], step: str, **options: Any
 ) -> Ran:
     """Runs kubectl in the first server: it needs nothing of the host, and asks this cluster."""
     attach = ["--interactive"] if "from_file" in options else []
     argv = ["docker", "exec", *attach, cluster.first.name, "kubectl", *arguments]
     return run_tool(machine, argv, step, "failed", **options)
+
+
+# The cluster's datastore
+
+
+def _copy_datastore(machine: Machine, cluster: Cluster, part: str) -> None:
+    """The server's directory, with token and certificates, and in it SQLite as one moment has it:
+    what a running server has open is never copied as a file."""
+    step = f"backing up the datastore of cluster {cluster.name}"
+    data = datastore_of(cluster.first) or ""
+    database = f"{data}/{_SQLITE}"
+    if not machine.exists(database):
+        cause = f"{database} is not there: several servers have etcd"
+        raise Failure("refused", step, cause, "remove the item; k3s makes snapshots of its etcd")
+    require_room(machine, part, 2 * machine.tree_bytes(data), step)
+    aside = f"{part}.aside"
+    run_tool(machine, ["rm", "-r", "-f", aside], step, "failed")
+    try:
+        machine.make_directory(f"{aside}/{_SQLITE.rpartition('/')[0]}", 0o700)
+        wrong = machine.copy_database(database, f"{aside}/{_SQLITE}")
+        if wrong:
+            raise Failure("failed", step, wrong, "is the server still starting? try again")
+        options: dict[str, Any] = {"timeout": BACKUP_SECONDS, "ends_with_us": True}
+        pack = ["tar", "--create", "--xattrs", "--acls", "--numeric-owner", "--file", part]
+        without = ["--exclude=./db", "--exclude=*.sock", "--directory", data, "."]
+        run_tool(machine, [*pack, *without], step, "failed", **options)
+        add = ["tar", "--append", "--file", part, "--directory", aside, "./db"]
+        run_tool(machine, add, step, "failed", **options)
+    finally:
+        run_tool(machine, ["rm", "-r", "-f", aside], step, "failed")
+    machine.set_access(part, 0o600, None, None)
+
+
+_SQLITE = "db/state.db"
 
 
 # Databases
@@ -486,18 +541,18 @@ def _dump_database(machine: Machine, cluster: Cluster, item: Mapping[str, Any], 
     local socket, with no password anywhere."""
     step = f"backing up database {item['namespace']}/{item['database']}"
     size = _measure(machine, cluster, item, step)
-    _require_room(machine, part, size, step)
+    require_room(machine, part, size, step)
 
     def tick(waited: float) -> None:
         say(f"{step}: {waited:.0f} s, {size_text(machine.file_bytes(part))}")
 
     options: dict[str, Any] = {"timeout": BACKUP_SECONDS, "tick": tick, "ends_with_us": True}
     dump = ["pg_dump", "--format=custom", *_login(item)]
-    _in_pod(machine, cluster, item, dump, step, to_file=part, **options)
+    in_pod(machine, cluster, item, dump, step, to_file=part, **options)
     verify = f"verifying the backup of database {item['namespace']}/{item['database']}"
     # Not --list, which reads the beginning alone and is content with a dump that was cut off.
     restore = ["pg_restore", "--file=/dev/null"]
-    _in_pod(machine, cluster, item, restore, verify, from_file=part, **options)
+    in_pod(machine, cluster, item, restore, verify, from_file=part, **options)
 
 
 def _measure(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str) -> int:
@@ -509,7 +564,7 @@ def _measure(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: 
         "from pg_stat_database where datname = current_database()"
     )
     options = ["--no-psqlrc", "--tuples-only", "--no-align", *_login(item), f"--command={query}"]
-    ran = _in_pod(machine, cluster, item, ["psql", *options], step)
+    ran = in_pod(machine, cluster, item, ["psql", *options], step)
     size, bar, mark = ran.text.strip().partition("|")
     if not bar or not size.isdigit():
         raise Failure("failed", step, f"psql printed {ran.text[:80]!r}", "run psql by hand")
@@ -525,7 +580,7 @@ def _login(item: Mapping[str, Any]) -> list[str]:
     return ["--no-password", f"--username={item['user']}", f"--dbname={item['database']}"]
 
 
-def _in_pod(
+def in_pod(
     machine: Machine,
     cluster: Cluster,
     item: Mapping[str, Any],
@@ -536,4 +591,4 @@ def _in_pod(
     container = [f"--container={item['container']}"] if item["container"] else []
     attach = ["--stdin"] if "from_file" in options else []
     arguments = ["exec", *attach, item["workload"], f"--namespace={item['namespace']}", *container]
-    return _kubectl_in_node(machine, cluster, [*arguments, "--", *argv], step, **options)
+    return kubectl_in_node(machine, cluster, [*arguments, "--", *argv], step, **options)

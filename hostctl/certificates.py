@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hostctl.cluster import Cluster
 from hostctl.live import live_api
-from hostctl.machine import Machine
+from hostctl.machine import Machine, Served
 
 EXPIRES_SOON_DAYS = 30
 SKEW_SECONDS = 5.0
@@ -68,14 +68,8 @@ def certificate_warnings(
     """Facts of the API's certificates and of its clock, and what a person should do about them:
     pairs of what and remedy. What cannot be seen is None."""
     name = cluster.name
-    api = live_api(cluster)
-    address = "127.0.0.1" if api["bind"] == "0.0.0.0" else api["bind"]
-    served = machine.served(address, api["port"]) if cluster.state == "running" else None
+    seen, served = certificates_of(machine, cluster, credentials)
     now = machine.now()
-    seen = {
-        "serving": _validity(served.certificate if served else b""),
-        "client": _validity(_decoded((credentials or {}).get("certificate", ""))),
-    }
     facts: dict[str, Any] = {
         f"{use}_certificate_ends": _utc_day(one.ends) if one else None for use, one in seen.items()
     }
@@ -112,6 +106,21 @@ def certificate_warnings(
             )
         )
     return facts, found
+
+
+def certificates_of(
+    machine: Machine, cluster: Cluster, credentials: Mapping[str, str] | None
+) -> tuple[dict[str, Validity | None], Served | None]:
+    """When the certificate that the API shows and the administrator's are valid, and what the API
+    served. What cannot be seen is None."""
+    api = live_api(cluster)
+    address = "127.0.0.1" if api["bind"] == "0.0.0.0" else api["bind"]
+    served = machine.served(address, api["port"]) if cluster.state == "running" else None
+    seen = {
+        "serving": _validity(served.certificate if served else b""),
+        "client": _validity(_decoded((credentials or {}).get("certificate", ""))),
+    }
+    return seen, served
 
 
 def _decoded(pem: str) -> bytes:

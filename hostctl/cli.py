@@ -52,10 +52,12 @@ from hostctl.move import (
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
+from hostctl.restore import backup_restore, backup_verify
 from hostctl.spec import NAME_SPEC, checked
 from hostctl.storage import storage_check, storage_inspect
 from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
+from hostctl.watch import watch_inspect, watch_run
 from hostctl.workloads import (
     cluster_owner,
     connector_status,
@@ -107,7 +109,19 @@ def _recorded_units(machine: Machine, name: str) -> dict[str, Any]:
 
 def _recorded_backup(machine: Machine, name: str) -> dict[str, Any]:
     spec = _recorded_units(machine, name)
-    return {key: spec[key] for key in ("cluster", "keep", "items")}
+    return {key: spec[key] for key in ("cluster", "keep", "items", "targets") if key in spec}
+
+
+def _recorded_copies(machine: Machine, name: str) -> dict[str, Any]:
+    spec = _recorded_units(machine, name)
+    return {key: spec[key] for key in ("cluster", "items", "targets", "scratch") if key in spec}
+
+
+def _recorded_watch(machine: Machine, name: str) -> dict[str, Any]:
+    watch = _recorded_units(machine, name).get("watching")
+    if not watch:
+        raise _nothing_recorded(name, "the watching of cluster")
+    return watch
 
 
 def _nothing_recorded(name: str, what: str) -> Failure:
@@ -167,6 +181,37 @@ _ITEM_EXAMPLES = [
         "stale_after_hours": None,
     },
 ]
+_TARGET_EXAMPLES = [
+    {
+        "name": "offsite",
+        "kind": "s3",
+        "repository": "s3:https://s3.example.org/backups/factory",
+        "region": None,
+        "keep_last": 0,
+        "keep_daily": 14,
+        "keep_weekly": 8,
+        "keep_monthly": 12,
+    }
+]
+_COPIES_EXAMPLE = {
+    "cluster": "factory",
+    "items": _ITEM_EXAMPLES,
+    "targets": _TARGET_EXAMPLES,
+    "scratch": "/var/lib/homelab/restored",
+}
+_WATCH_EXAMPLE = {
+    "cluster": "factory",
+    "storage_dir": "/mnt/img_pool/k3d/storage",
+    "dns": {
+        "name": "registry-1.docker.io",
+        "image": "rancher/mirrored-library-busybox:1.36.1",
+    },
+    "argocd": True,
+    "routes": ["argocd.example.org"],
+    "metrics": "/var/lib/node_exporter",
+    "webhook": "ntfy",
+    "webhook_file": "/run/agenix/ntfy",
+}
 _UNITS_EXAMPLE = {
     "cluster": "factory",
     "hostctl": "/var/lib/homelab/hostctl",
@@ -177,6 +222,12 @@ _UNITS_EXAMPLE = {
     "backup": "daily",
     "keep": 14,
     "items": _ITEM_EXAMPLES,
+    "targets": _TARGET_EXAMPLES,
+    "verify": "weekly",
+    "verified_within_days": 10,
+    "scratch": "/var/lib/homelab/restored",
+    "watch": "hourly",
+    "watching": _WATCH_EXAMPLE,
     "generation": 0,
 }
 
@@ -435,12 +486,37 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ("clean",): Verb(clean, {"name": "factory", "dry_run": True}, _by_name),
     ("backup", "run"): Verb(
         backup_run,
-        {"cluster": "factory", "keep": 14, "items": _ITEM_EXAMPLES},
+        {
+            "cluster": "factory",
+            "keep": 14,
+            "items": _ITEM_EXAMPLES,
+            "targets": _TARGET_EXAMPLES,
+        },
         _recorded_backup,
     ),
+    ("backup", "verify"): Verb(backup_verify, _COPIES_EXAMPLE, _recorded_copies),
+    ("backup", "restore"): Verb(
+        backup_restore,
+        {**_COPIES_EXAMPLE, "item": "keycloak", "target": "offsite", "confirm": None},
+        _recorded_copies,
+    ),
     ("backup", "list"): Verb(backup_list, {"name": "factory"}, _by_name),
+    ("watch", "run"): Verb(watch_run, _WATCH_EXAMPLE, _recorded_watch),
+    ("watch", "inspect"): Verb(
+        watch_inspect,
+        {
+            "cluster": "factory",
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespaces": ["argocd", "factory"],
+            "containers": ["cloudflared-p510"],
+            "directories": ["/mnt/img_pool/k3d/storage"],
+        },
+    ),
     ("backup", "recover"): Verb(backup_recover, {"name": "factory"}, _by_name),
 }
+
+
+_CONFIRMED = (("k3d", "delete"), ("move", "back"), ("move", "release"), ("backup", "restore"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -497,7 +573,12 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--exit-zero", action="store_true", help="exit 0 whenever a JSON result was printed"
         )
-        if words in (("k3d", "delete"), ("move", "back"), ("move", "release")):
+        if words == ("backup", "restore"):
+            one.add_argument("--item", metavar="ITEM", help="what to restore")
+            one.add_argument("--target", metavar="TARGET", help="where from; else beside the data")
+            one.add_argument("--snapshot", metavar="ID", help="which; else the newest")
+            one.add_argument("--into", metavar="DIRECTORY", help="not to its place, but there")
+        if words in _CONFIRMED:
             one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
         if words == ("clean",):
             one.add_argument("--dry-run", action="store_true", help="show what it would remove")
@@ -512,7 +593,8 @@ def _spec(
     machine: Machine, verb: Verb, options: argparse.Namespace, stdin: TextIO
 ) -> dict[str, Any]:
     name = getattr(options, "name", None)
-    flags = {key: getattr(options, key, None) for key in ("confirm", "dry_run")}
+    own = ("confirm", "dry_run", "item", "target", "snapshot", "into")
+    flags = {key: getattr(options, key, None) for key in own}
     flags = {key: value for key, value in flags.items() if value}
     step = f"reading the spec of {' '.join(options.words)}"
     if name is not None:
@@ -582,7 +664,9 @@ def main(
             place = place.tb_next
         line = place.tb_lineno if place else 0
         cause = f"{type(error).__name__} in line {line} of hostctl {HOSTCTL_VERSION}"
-        failure = Failure("failed", step, cause, "this is a defect of hostctl; report this line")
+        remedy = "report this line: a tool printed what hostctl does not know (`hostctl k3d doctor`"
+        remedy += " shows which versions there are), or it is a defect of hostctl"
+        failure = Failure("failed", step, cause, remedy)
         answer, code = _refusal(failure), EXIT_CODES["failed"]
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer), flush=True)

@@ -148,9 +148,13 @@ def container_facts(machine: Machine, container: str, step: str) -> dict[str, An
 
 
 def parse_json(content: bytes, step: str) -> Any:
+    """The object or list that a tool printed."""
     try:
-        return json.loads(content)
-    except ValueError:
+        found = json.loads(content)
+        if not isinstance(found, (dict, list)):
+            raise ValueError
+        return found
+    except (ValueError, RecursionError):
         shown = content[:80].decode("utf-8", "replace")
         raise Failure("cannot-tell", step, f"not JSON: {shown!r}", "run it by hand") from None
 

@@ -143,7 +143,14 @@ def _write_sums(machine: Machine, target: str, sums: dict[str, str]) -> None:
 
 
 def utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime(_UTC)
+
+
+def seconds_of(utc_text: str) -> float:
+    return datetime.strptime(utc_text, _UTC).replace(tzinfo=timezone.utc).timestamp()
+
+
+_UTC = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def time_stamp(machine: Machine) -> str:

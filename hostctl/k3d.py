@@ -652,6 +652,9 @@ def k3d_delete(machine: Machine, spec: dict[str, Any]) -> Result:
             delete(machine, name)
         if given["confirm"] == name and read_record(machine, name).get("move"):
             write_record(machine, name, move=None)
+        kept = [str(spec[key]) for key in ("storage_dir", "datastore_dir") if spec.get(key)]
+        if kept:
+            say(f"the data of cluster {name} stays in {' and '.join(kept)}")
         written = read_record(machine, name).get("kubeconfig")
         if written and given["confirm"] == name:
             remove_kubeconfig(machine, written)

@@ -12,12 +12,16 @@ from typing import Any
 from hostctl.certificates import DAY_SECONDS, EXPIRES_SOON_DAYS, validity_of
 from hostctl.cluster_backup import run_copy, time_stamp, utc
 from hostctl.k3s_datastore import (
+    conversion_is_young,
     convert_k3s,
     k3s_record,
     keep_token,
     set_token,
+    settle_k3s,
+    unconvert_k3s,
     write_k3s_record,
 )
+from hostctl.k3s_members import other_servers
 from hostctl.k3s_node import (
     K3S_BINARY,
     K3S_CONFIG,
@@ -35,8 +39,10 @@ from hostctl.k3s_node import (
     k3s_config_text,
     k3s_digest,
     k3s_identity,
+    k3s_installed_version,
     k3s_kubectl,
     k3s_look,
+    k3s_member,
     k3s_password,
     k3s_release,
     k3s_spec,
@@ -59,6 +65,7 @@ from hostctl.record import cluster_lock, next_generation
 from hostctl.spec import CLUSTER_NAME, OBJECT_NAME, Value, checked, or_null
 from hostctl.tools import for_system, run_tool
 
+_LEAVES_SECONDS = 30
 _CERTIFICATES = ("server/tls/serving-kube-apiserver.crt", "agent/serving-kubelet.crt")
 _PROGRAM_REMEDIES = {
     "iscsiadm": (
@@ -348,6 +355,7 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
                 f"the restore of {name} was cut off; what starts now may be neither",
                 f"run `hostctl k3s snapshot restore` of {name} again",
             )
+        _end_conversion(machine, wanted, record, step)
         node = k3s_look(machine, wanted["cluster"], bool(record.get("pending")))
         incarnation = _incarnation(record, node, _known_identity(machine, node))
         changed: list[str] = []
@@ -357,12 +365,13 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             _refuse_fixed(machine, wanted, node, step)
         _refuse_version(machine, wanted, node, step)
         joins = _server_to_join(machine, wanted, node, step)
+        converts = node and wanted["role"] == "server" and _converts(machine, wanted, node)
         write_k3s_record(machine, wanted["cluster"], pending=wanted["version"], node=wanted["node"])
         unit = K3S_UNITS[wanted["role"]]
         if node and node.installed == "get.k3s.io":
             _adopt(machine, wanted, node)
             changed.append("adopted")
-        if node and wanted["role"] == "server" and _converts(machine, wanted, node):
+        if converts:
             convert_k3s(machine, wanted, unit)
             changed.append("datastore")
         if install_k3s_binary(machine, wanted):
@@ -376,7 +385,13 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
             say(f"starting {unit} of {wanted['node']}")
             k3s_start_unit(machine, unit)
             changed.append("started")
-        k3s_wait(machine, wanted, unit, fresh="started" in changed)
+        try:
+            k3s_wait(machine, wanted, unit, fresh="started" in changed)
+        except Failure as failure:
+            if conversion_is_young(machine, wanted["cluster"]):
+                raise _go_back(machine, wanted, record, step, failure.cause) from None
+            raise
+        settle_k3s(machine, wanted["cluster"], wanted["datastore"])
         identity = k3s_identity(machine)
         generation = wanted["generation"]
         keep_token(machine, wanted["token"])
@@ -560,8 +575,58 @@ def _adopt(machine: Machine, wanted: Mapping[str, Any], node: K3sNode) -> None:
 def _converts(machine: Machine, wanted: Mapping[str, Any], node: K3sNode) -> bool:
     begun = k3s_record(machine, wanted["cluster"]).get("conversion")
     if node.datastore and node.datastore != wanted["datastore"]:
+        if node.version != wanted["version"]:
+            raise Failure(
+                "refused",
+                f"converting the datastore of {wanted['cluster']}",
+                f"{wanted['node']} is {node.version}, declared {wanted['version']}: of two changes "
+                "at once nobody could say which one failed; nothing was changed",
+                "convert in the version that runs, then upgrade",
+            )
         return True
     return bool(begun) and wanted["datastore"] == "sqlite"
+
+
+def _end_conversion(
+    machine: Machine, wanted: Mapping[str, Any], record: Mapping[str, Any], step: str
+) -> None:
+    """Finishes the way back of a conversion that was cut off on it, or is no longer declared."""
+    begun = record.get("conversion") or {}
+    if begun.get("verified", True):
+        return
+    if begun["to"] != wanted["datastore"]:
+        _go_back(machine, wanted, record, step, "another datastore is declared")
+    elif begun.get("back"):
+        raise _go_back(machine, wanted, record, step, "it had failed, and its way back was cut off")
+
+
+def _go_back(
+    machine: Machine,
+    wanted: Mapping[str, Any],
+    record: Mapping[str, Any],
+    step: str,
+    why: str,
+) -> Failure:
+    """Undoes a conversion, waits until the server serves again, and returns what to say of it.
+    Raises Failure when the server does not come up either."""
+    cluster, unit = wanted["cluster"], K3S_UNITS[wanted["role"]]
+    say(f"{why}: going back to the datastore of before")
+    former = unconvert_k3s(machine, cluster, unit)
+    version = k3s_installed_version(machine, K3S_BINARY)
+    before = {**wanted, "datastore": former, "version": version}
+    _write_files(machine, before, None, record.get("files") or [])
+    k3s_start_unit(machine, unit)
+    k3s_wait(machine, before, unit)
+    settle_k3s(machine, cluster, former)
+    write_k3s_record(machine, cluster, pending=None)
+    return Failure(
+        "failed",
+        step,
+        f"the conversion to {wanted['datastore']} failed and was undone: {why}; {wanted['node']} "
+        f"serves its {former} again, as it was before",
+        f"declare datastore {former}, or correct the cause and run up again; what was tried is in "
+        f"{K3S_DATA}/server.aside-*",
+    )
 
 
 def _write_files(
@@ -701,6 +766,8 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
             return {"removed": False, "aside": []}
         # From here on it is half removed, and a run after a kill goes on.
         write_k3s_record(machine, wanted["cluster"], removing=True)
+        if node and node.role == "server" and node.state == "running":
+            _leave(machine, node, step)
         for unit in K3S_UNITS.values():
             if machine.exists(f"{K3S_UNIT_DIRECTORY}/{unit}"):
                 k3s_stop_unit(machine, unit)
@@ -732,6 +799,25 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
             generation=None,
         )
     return {"removed": True, "aside": aside}
+
+
+def _leave(machine: Machine, node: K3sNode, step: str) -> None:
+    """Takes a server that is a member again out of its cluster while it runs: k3s removes it from
+    etcd with its Node. After `k3s forget` systemd may have started it anew, and then it joined
+    (k3s issue 4023); stopped like that it would count in etcd's majority for good."""
+    name = node.node or ""
+    try:
+        is_alone = not k3s_member(machine, name, step) or not other_servers(machine, node, step)
+    except Failure:
+        # Without etcd, which it has left, its API does not answer.
+        return
+    if is_alone:
+        return
+    say(f"{name} is a member of its cluster: it leaves first")
+    k3s_kubectl(machine, ["delete", "node", name], step, timeout=120.0)
+    until = machine.now() + _LEAVES_SECONDS
+    while machine.served("127.0.0.1", 6443) and machine.now() < until:
+        machine.sleep(1)
 
 
 def _end_pods(machine: Machine, step: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hostctl.certificates import DAY_SECONDS
 from hostctl.cluster_backup import refuse_without_room, run_copy, time_stamp, utc
 from hostctl.k3s_node import (
     K3S_DATA,
@@ -15,7 +16,7 @@ from hostctl.k3s_node import (
     k3s_password,
     k3s_token_digest,
 )
-from hostctl.k3s_service import k3s_stop_unit
+from hostctl.k3s_service import k3s_start_unit, k3s_stop_unit
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.protocol import Failure, say
 from hostctl.record import read_record, write_record
@@ -73,22 +74,11 @@ def copy_sqlite(machine: Machine, cluster: str) -> str:
 def convert_k3s(machine: Machine, wanted: Mapping[str, Any], unit: str) -> None:
     """Before a server's SQLite is made etcd, or goes back: stops it, keeps a verified backup, and
     records the way. k3s itself moves the content when it starts with cluster-init; etcd it never
-    makes SQLite of, so that way leads to the backup and loses what came after.
-
-    A killed run is continued: with etcd declared nothing of it is undone, with SQLite it goes back.
-    """
-    cluster = wanted["cluster"]
+    makes SQLite of, so that way leads to the backup and loses what came after. It is over with
+    `settle_k3s`, once the server is Ready; until then `unconvert_k3s` undoes it."""
+    cluster, to = wanted["cluster"], wanted["datastore"]
     begun = k3s_record(machine, cluster).get("conversion")
-    live = k3s_datastore(machine)
-    if wanted["datastore"] == "etcd":
-        if begun is None:
-            k3s_stop_unit(machine, unit)
-            backup = back_up_k3s(machine, cluster)
-            say(f"the backup in {backup} is verified")
-            conversion = {"backup": backup, "at": utc(machine.now())}
-            write_k3s_record(machine, cluster, conversion=conversion)
-        return
-    if begun is None:
+    if begun is None and to == "sqlite":
         raise Failure(
             "refused",
             f"making SQLite of the etcd of {cluster}",
@@ -96,9 +86,52 @@ def convert_k3s(machine: Machine, wanted: Mapping[str, Any], unit: str) -> None:
             "declare datastore etcd; one server may keep it, too",
         )
     k3s_stop_unit(machine, unit)
-    if live != "sqlite" or machine.exists(f"{K3S_DATABASE}/etcd"):
+    if begun is None or begun.get("verified", True):
+        try:
+            former = back_up_k3s(machine, cluster)
+        except Failure:
+            k3s_start_unit(machine, unit)
+            raise
+        say(f"the backup in {former} is verified")
+        kept = begun["backup"] if begun and to == "sqlite" else former
+        begun = {"to": to, "backup": kept, "former": former, "verified": False}
+        begun |= {"at": utc(machine.now()), "began": machine.now()}
+        write_k3s_record(machine, cluster, conversion=begun)
+    if to == "sqlite" and _is_not(machine, "sqlite"):
         return_to_backup(machine, cluster, begun["backup"])
-    write_k3s_record(machine, cluster, conversion=None)
+
+
+def conversion_is_young(machine: Machine, cluster: str) -> bool:
+    """Whether a conversion goes on that is undone when it fails. Of one that was begun long ago,
+    what the server took in since then may be worth more."""
+    begun = k3s_record(machine, cluster).get("conversion") or {}
+    return not begun.get("verified", True) and machine.now() - begun["began"] < DAY_SECONDS
+
+
+def unconvert_k3s(machine: Machine, cluster: str, unit: str) -> str:
+    """Stops the server, puts back what was there before a conversion, unless it still is, and
+    returns which datastore that is. Safe after a kill: what runs from then on is not undone."""
+    begun = k3s_record(machine, cluster)["conversion"]
+    former = "sqlite" if begun["to"] == "etcd" else "etcd"
+    write_k3s_record(machine, cluster, conversion={**begun, "back": True})
+    k3s_stop_unit(machine, unit)
+    if _is_not(machine, former):
+        return_to_backup(machine, cluster, begun["former"])
+    return former
+
+
+def settle_k3s(machine: Machine, cluster: str, datastore: str) -> None:
+    """Ends a conversion, or its way back: this datastore is the one that serves."""
+    begun = k3s_record(machine, cluster).get("conversion")
+    if begun and not begun.get("verified", True):
+        over = {"backup": begun["backup"], "at": begun["at"]} if datastore == "etcd" else None
+        write_k3s_record(machine, cluster, conversion=over)
+
+
+def _is_not(machine: Machine, datastore: str) -> bool:
+    # An etcd that k3s began to fill lies beside its SQLite.
+    begun = datastore == "sqlite" and machine.exists(f"{K3S_DATABASE}/etcd")
+    return begun or k3s_datastore(machine) != datastore
 
 
 def return_to_backup(machine: Machine, cluster: str, backup: str) -> None:

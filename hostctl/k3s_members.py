@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from hostctl.cluster import kubeconfig_credentials
+from hostctl.cluster import kubeconfig_credentials, parse_json
 from hostctl.files import render_kubeconfig
 from hostctl.k3s_datastore import k3s_record, keep_token, set_token, write_k3s_record
 from hostctl.k3s_node import (
@@ -178,7 +178,7 @@ def k3s_forget(machine: Machine, spec: dict[str, Any]) -> Result:
 
 def _members(machine: Machine, step: str) -> dict[str, dict[str, Any]]:
     out = k3s_kubectl(machine, ["get", "nodes", "--output=json"], step).out
-    return {one["metadata"]["name"]: one for one in json.loads(out)["items"]}
+    return {one["metadata"]["name"]: one for one in parse_json(out, step)["items"]}
 
 
 def _is_server(member: Mapping[str, Any]) -> bool:

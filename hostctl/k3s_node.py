@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hostctl.cluster import parse_json
 from hostctl.machine import Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure
 from hostctl.spec import (
@@ -454,7 +455,7 @@ def k3s_identity(machine: Machine) -> str | None:
     try:
         ran = k3s_kubectl(machine, arguments, "identifying the cluster", raw=True)
         return json.loads(ran.out)["metadata"]["uid"] if ran.code == 0 else None
-    except (Failure, ValueError, KeyError):
+    except (Failure, ValueError, LookupError, TypeError):
         return None
 
 
@@ -463,7 +464,7 @@ def k3s_member(machine: Machine, node: str, step: str) -> dict[str, Any] | None:
     does not answer."""
     arguments = ["get", f"nodes/{node}", "--ignore-not-found", "--output=json"]
     out = k3s_kubectl(machine, arguments, step).out
-    return json.loads(out) if out.strip() else None
+    return parse_json(out, step) if out.strip() else None
 
 
 def k3s_ready(member: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -591,6 +592,23 @@ class Machine:
         except http.client.HTTPException as error:
             raise OSError(str(error) or type(error).__name__) from None
 
+    def visit(
+        self, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """The HTTP status of a URL, which may be reached through the environment's proxy; a
+        redirection is one. POST where there is a body. Raises OSError without an answer."""
+        opener = urllib.request.build_opener(_NoRedirect)
+        if not url.startswith(("https://", "http://")):
+            raise OSError("no http(s) URL")
+        try:
+            request = urllib.request.Request(url, body, dict(headers or {}))
+            with opener.open(request, timeout=QUERY_SECONDS) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (http.client.HTTPException, ValueError) as error:
+            raise OSError(type(error).__name__) from None
+
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         """What the processes and their threads have read so far; None when that cannot be seen."""
         total, seen = 0, False
@@ -604,6 +622,13 @@ class Machine:
     def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
         """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
         return None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        """Follows none: a message would arrive as a GET, a login page be taken for the service."""
 
 
 def _path() -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hostctl.cluster import parse_json
-from hostctl.machine import Machine, ToolMissing
+from hostctl.machine import Machine, TookTooLong, ToolMissing
 from hostctl.preflight import Finding, module_findings
 from hostctl.protocol import Failure, Result
 from hostctl.spec import CLUSTER_NAME, Items, Value, absolute_path, checked, one_of
@@ -100,7 +100,7 @@ def _client_findings(
 def _has_tool(machine: Machine, argv: list[str]) -> bool:
     try:
         return machine.run(argv).code == 0
-    except ToolMissing:
+    except (ToolMissing, TookTooLong):
         return False
 
 
@@ -168,6 +168,7 @@ def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
                 "default": any(annotations.get(mark) == "true" for mark in _DEFAULT_MARKS),
                 "provisioner": one["provisioner"],
                 "part_of": labels.get("app.kubernetes.io/part-of", ""),
+                "created": metadata.get("creationTimestamp", ""),
             }
         else:
             spec_of = one.get("spec") or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from hostctl.cluster import (
     look,
     network_of,
     node_kubeconfig,
+    parse_json,
 )
 from hostctl.cluster_backup import (
     back_up_datastore,
@@ -279,7 +279,7 @@ def _create(machine: Machine, swap: Mapping[str, Any], old: Mapping[str, Any], s
             "run hostctl on Docker's own host, where it listens on a socket file (DOCKER_HOST)",
         )
     argv = ["docker", "image", "inspect", "--format", "{{json .Config}}", old["Image"]]
-    image = json.loads(run_tool(machine, argv, step, "cannot-tell").text)
+    image = parse_json(run_tool(machine, argv, step, "cannot-tell").out, step)
     config = _without_defaults(old["Config"], image)
     config["Image"] = swap["image"]
     config["Labels"] = {**config.get("Labels", {}), SWAP_LABEL: swap["nonce"]}

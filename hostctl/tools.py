@@ -55,6 +55,15 @@ TOOLS = {
         "git comes with the system.",
         "apt install git",
     ),
+    # Since 0.17 its exit status tells that there is no repository.
+    "restic": Tool(
+        (0, 17),
+        ("restic", "version"),
+        "environment.systemPackages = [ pkgs.restic ];",
+        "put the binary of github.com/restic/restic/releases into /var/lib/homelab/bin.",
+        "apt install restic; where that is older, the binary of github.com/restic/restic/releases "
+        "in /var/lib/homelab/bin.",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups."""
+"""Verbs: what runs on the host without Pulumi: start at boot, cleaning, backups, watching."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from hostctl.cluster import parse_json
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, next_generation, read_record, write_record
+from hostctl.restic import TARGET_ITEM
+from hostctl.restore import SCRATCH_DIRECTORY, verified_notes
 from hostctl.spec import (
     CLUSTER_NAME,
     Items,
@@ -23,6 +25,7 @@ from hostctl.spec import (
     text_matching,
 )
 from hostctl.tools import attempt, run_tool
+from hostctl.watch import WATCH_SPEC
 
 START_TRIES = 3
 START_PAUSE_SECONDS = 60
@@ -36,6 +39,15 @@ _UNIT_PATH = text_matching(
     r"(/(?!\.{1,2}(/|$))[A-Za-z0-9_@+=,.-]+)+",
     "an absolute path of letters, digits and _@+=,.- without '..'",
 )
+
+
+def _watching(value: Any) -> dict[str, Any]:
+    try:
+        return checked(value, WATCH_SPEC, "watch run")
+    except Failure as failure:
+        raise ValueError(f"what watch run takes: {failure.cause}") from None
+
+
 UNITS_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "hostctl": Value(_UNIT_PATH),
@@ -46,6 +58,12 @@ UNITS_SPEC: dict[str, Any] = {
     "backup": Value(or_null(_SCHEDULE), None),
     "keep": Value(number_between(1, 10000), 14),
     "items": Items(BACKUP_ITEM, []),
+    "targets": Items(TARGET_ITEM, []),
+    "verify": Value(or_null(_SCHEDULE), None),
+    "verified_within_days": Value(number_between(1, 3650), 10),
+    "scratch": Value(_UNIT_PATH, SCRATCH_DIRECTORY),
+    "watch": Value(or_null(_SCHEDULE), None),
+    "watching": Value(or_null(_watching), None),
     "generation": Value(or_null(number_between(0, 2**31)), None),
 }
 _SYSTEMD = "/etc/systemd/system"
@@ -66,9 +84,9 @@ def units_spec(spec: Any, verb: str) -> dict[str, Any]:
 
 
 def units_install(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Installs what starts and heals the cluster at boot, cleans and backs up on a schedule, in the
-    way of the host's init, and runs the start once to see that it works. Records the items of the
-    backup, which `backup run NAME` reads.
+    """Installs what starts and heals the cluster at boot, cleans, backs up and watches on a
+    schedule, in the way of the host's init, and runs the start once to see that it works. Records
+    what `backup run NAME` and `watch run NAME` read.
 
     systemd: units in /etc/systemd/system. NixOS: a module to import, as /etc is not ours. TrueNAS
     SCALE: an init script and cron jobs of its middleware, as an update leaves /etc behind.
@@ -162,10 +180,17 @@ def units_status(machine: Machine, spec: dict[str, Any]) -> Result:
         step = f"{error.step}: {error.cause}" if isinstance(error, Failure) else str(error)
         unseen.append(f"units: {step}")
         agrees = bool(recorded)
+    verified = record.get("verified") or {}
+    notes += verified_notes(machine, name, wanted, verified)
     return {
         "init": init,
         "generation": next_generation(recorded, agrees),
         "units": seen,
+        "verified": {
+            target["name"]: verified[target["name"]]
+            for target in wanted["targets"]
+            if target["name"] in verified
+        },
         "failed": failed,
         "notes": notes,
         "unseen": unseen,
@@ -269,6 +294,18 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
         texts[f"homelab-{name}-backup.timer"] = _timer(
             f"Back up what cluster {name} keeps", spec["backup"]
         )
+    if spec["verify"] and spec["items"] and spec["targets"]:
+        what = f"Restore the backups of cluster {name} into a scratch place"
+        run = f"ExecStart={program} backup verify {name}\nTimeoutStartSec=24h\n"
+        texts[f"homelab-{name}-verify.service"] = _head(what) + job + run
+        texts[f"homelab-{name}-verify.timer"] = _timer(what, spec["verify"])
+    if spec["watch"] and spec["watching"]:
+        texts[f"homelab-{name}-watch.service"] = (
+            _head(f"Watch cluster {name}")
+            + job
+            + f"ExecStart={program} watch run {name}\nTimeoutStartSec=1h\n"
+        )
+        texts[f"homelab-{name}-watch.timer"] = _timer(f"Watch cluster {name}", spec["watch"])
     return texts
 
 
@@ -314,10 +351,11 @@ def _stale(name: str, texts: Mapping[str, str]) -> list[str]:
 
 
 def _all_units(name: str) -> list[str]:
-    jobs = [f"homelab-{name}-{job}.{kind}" for job in ("clean", "backup") for kind in _KINDS]
+    jobs = [f"homelab-{name}-{job}.{kind}" for job in _JOBS for kind in _KINDS]
     return [*jobs, f"homelab-{name}.service"]
 
 
+_JOBS = ("clean", "backup", "verify", "watch")
 _KINDS = ("timer", "service")
 
 
@@ -503,6 +541,11 @@ def _middleware_entries(
     if spec["backup"] and spec["items"]:
         command = f"{program} backup run {name}; {program} backup recover {name}"
         jobs[f"homelab {name} backup"] = _cron_job(command, spec["backup"])
+    if spec["verify"] and spec["items"] and spec["targets"]:
+        entry = _cron_job(f"{program} backup verify {name}", spec["verify"])
+        jobs[f"homelab {name} verify"] = entry
+    if spec["watch"] and spec["watching"]:
+        jobs[f"homelab {name} watch"] = _cron_job(f"{program} watch run {name}", spec["watch"])
     return [
         (*_INIT_SCRIPTS, {f"homelab {name} start": boot}),
         (*_CRON_JOBS, jobs),
@@ -578,7 +621,11 @@ def _sync_middleware(
 
 
 def _failed_runs(name: str, runs: Mapping[str, Any]) -> list[dict[str, str]]:
-    verbs = {"clean": f"hostctl clean {name}", "backup": f"hostctl backup run {name}"}
+    verbs = {
+        "clean": f"hostctl clean {name}",
+        "backup": f"hostctl backup run {name}",
+        "verify": f"hostctl backup verify {name}",
+    }
     return [
         {
             "unit": f"homelab {name} {what}",

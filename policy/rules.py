@@ -23,6 +23,9 @@ _REMOTE_IMAGE = "docker:index/remoteImage:RemoteImage"
 _RELEASE = "kubernetes:helm.sh/v3:Release"
 _PROVIDER = "pulumi:providers:kubernetes"
 
+_NAMESPACE = "kubernetes:core/v1:Namespace"
+_DAEMON_SET = "kubernetes:apps/v1:DaemonSet"
+
 # Where the spec of the pods is, by kind.
 _TEMPLATE = ("spec", "template", "spec")
 _POD_SPECS: Mapping[str, tuple[str, ...]] = {
@@ -58,8 +61,89 @@ ALLOWED = (
         "the host's network",
         "it asks the origins of a host connector, which listen on the host's loopback",
     ),
+    *(
+        Allowed(
+            _DAEMON_SET,
+            "multus",
+            what,
+            "it puts the CNI plug-in and its configuration on the node, and the plug-in's way to "
+            "the API server; upstream's own manifest (thin) has the same",
+        )
+        for what in (
+            "the host's network",
+            "a directory of the host",
+            "privilege",
+            "privilege escalation",
+            "root",
+            "all capabilities",
+            "no seccomp profile",
+            "a writable root",
+            "a service account's token",
+        )
+    ),
+    *(
+        Allowed(
+            _DAEMON_SET,
+            "cni-dhcp",
+            what,
+            "CNI's DHCP daemon enters the network namespaces of pods, from the node's own mounts",
+        )
+        for what in (
+            "the host's network",
+            "the host's processes",
+            "privilege",
+            "privilege escalation",
+            "root",
+            "all capabilities",
+            "no seccomp profile",
+            "a writable root",
+        )
+    ),
+    Allowed(
+        "kubernetes:apps/v1:Deployment",
+        "local-path-provisioner",
+        "a service account's token",
+        "it makes PersistentVolumes and the pods that make their directories",
+    ),
+    *(
+        Allowed(
+            "kubernetes:core/v1:Pod",
+            "helper-pod",
+            what,
+            "it makes and removes a volume's directory on the node, which belongs to root, with "
+            "whatever its users left there; local-path-provisioner adds the hostPath",
+        )
+        for what in ("root", "capabilities")
+    ),
+    *(
+        Allowed(
+            _DAEMON_SET,
+            "kube-vip",
+            what,
+            "it gives a server's interface the virtual IP and tells the LAN (ARP), and elects who "
+            "does by a Lease",
+        )
+        for what in (
+            "the host's network",
+            "capabilities",
+            "root",
+            "a writable root",
+            "a service account's token",
+        )
+    ),
+    *(
+        Allowed(_NAMESPACE, name, "privileged pods", reason)
+        for name, reason in (
+            ("metallb-system", "its speaker answers ARP: the host's network and NET_RAW"),
+            ("csi-nfs", "its node plug-in mounts on the node"),
+            ("longhorn-system", "its engine attaches disks on the node"),
+            ("local-path-storage", "its helper pods make directories on the node"),
+            ("rook-ceph", "its OSDs and node plug-in have the node's disks"),
+        )
+    ),
 )
-"""Every exception there is, each with its reason."""
+"""Every exception there is, each with its reason. One that no stack, fixture or page needs fails a
+test."""
 
 Violations = Iterator[str]
 Rule = Callable[[ResourceValidationArgs], Violations]
@@ -185,6 +269,58 @@ def containers_do_not_run_as_root(args: ResourceValidationArgs) -> Violations:
             )
 
 
+# Volumes that `restricted` takes.
+_VOLUMES = frozenset(
+    (
+        *("name", "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"),
+        *("persistentVolumeClaim", "projected", "secret"),
+    )
+)
+
+
+@guard("Pods satisfy Pod Security `restricted`, and have neither a token nor a root to write to.")
+def pods_are_restricted(args: ResourceValidationArgs) -> Violations:
+    """What other guards do not say of it, and two of our own. The rules are those of
+    kubernetes.io/docs/concepts/security/pod-security-standards; tests/cluster asks a real API
+    server. Containers on the host drop all capabilities and cannot write either.
+    """
+    found: list[tuple[str, str]] = []
+    if args.resource_type == _CONTAINER:
+        if "ALL" not in ((args.props.get("capabilities") or {}).get("drops") or ()):
+            found.append(("all capabilities", "capabilities drop not ALL"))
+        if not args.props.get("readOnly"):
+            found.append(("a writable root", "readOnly is not true"))
+    pods = _pods(args)
+    if pods is not None:
+        if pods.get("automountServiceAccountToken") is not False:
+            what = "a service account's token"
+            found.append((what, "automountServiceAccountToken is not false"))
+        for volume in pods.get("volumes") or ():
+            if others := set(volume) - _VOLUMES - {"hostPath"}:
+                found.append(("volumes", f"volume {volume.get('name')} is {', '.join(others)}"))
+        outer = pods.get("securityContext") or {}
+        for container in _containers(pods):
+            name, context = container.get("name"), container.get("securityContext") or {}
+            profile = context.get("seccompProfile") or outer.get("seccompProfile") or {}
+            if profile.get("type") not in ("RuntimeDefault", "Localhost"):
+                found.append(("no seccomp profile", f"container {name} has no seccompProfile"))
+            if "ALL" not in ((context.get("capabilities") or {}).get("drop") or ()):
+                found.append(("all capabilities", f"container {name} drops not ALL capabilities"))
+            if context.get("readOnlyRootFilesystem") is not True:
+                found.append(("a writable root", f"container {name} can write to its root"))
+            for port in container.get("ports") or ():
+                if port.get("hostPort"):
+                    found.append(("ports of the host", f"container {name} has a hostPort"))
+            for key in ("procMount", "seLinuxOptions", "windowsOptions"):
+                if context.get(key) or outer.get(key):
+                    found.append((key, f"container {name} has {key}"))
+        if outer.get("sysctls"):
+            found.append(("sysctls", "it sets sysctls"))
+    for what, violation in found:
+        if not _is_allowed(args, what):
+            yield f"{violation}. Allowed only with a reason, in policy/rules.py: {what}"
+
+
 # What names a secret in an environment or on a command line; a path or name of one is none.
 _SECRET_NAME = re.compile(
     r"(?i)(?:.*[_-])?(?:token|secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|"
@@ -302,10 +438,13 @@ def grants_are_to_someone(args: ResourceValidationArgs) -> Violations:
 @guard("Namespaces say which Pod Security Standard holds in them.", EnforcementLevel.ADVISORY)
 def namespaces_have_pod_security(args: ResourceValidationArgs) -> Violations:
     """Advisory: in namespaces that ArgoCD fills it is not ours to choose."""
-    if args.resource_type == "kubernetes:core/v1:Namespace":
+    if args.resource_type == _NAMESPACE:
         label = "pod-security.kubernetes.io/enforce"
-        if label not in list((args.props.get("metadata") or {}).get("labels") or ()):
+        level = ((args.props.get("metadata") or {}).get("labels") or {}).get(label)
+        if level is None:
             yield f"namespace {args.name} has no label {label}"
+        elif level == "privileged" and not _is_allowed(args, "privileged pods"):
+            yield f"namespace {args.name} takes privileged pods. Allowed only with a reason"
 
 
 def _pods(args: ResourceValidationArgs) -> Mapping[str, Any] | None:

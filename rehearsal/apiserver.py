@@ -18,7 +18,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -460,8 +460,11 @@ class ApiServer:
     stacks of this project use; a schema that does not fit is refused before it comes here.
     """
 
-    def __init__(self, world: World, cluster: str) -> None:
-        self.world, self.cluster = world, cluster
+    def __init__(
+        self, world: World, cluster: str, answers: Callable[[], bool] = lambda: True
+    ) -> None:
+        """``answers`` tells whether the cluster still runs."""
+        self.world, self.cluster, self._answers = world, cluster, answers
         if world.get(self._file("Namespace", "", "default")) is None:
             for name in _SYSTEM_NAMESPACES:
                 namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
@@ -476,6 +479,8 @@ class ApiServer:
         return f"{self.cluster}/{namespace or '_cluster'}/{kind_group}/{name}"
 
     def _key(self, obj: Object) -> str:
+        if not self._answers():
+            raise ApiError("Unreachable", "the API server: connect: connection refused")
         resource = self.resource(obj["apiVersion"], obj["kind"])
         metadata = obj["metadata"]
         namespace = (metadata.get("namespace") or "default") if resource.namespaced else ""
@@ -510,6 +515,7 @@ class ApiServer:
         """POST. Raises NotFound (no namespace), Invalid, AlreadyExists."""
         obj = self._admitted(obj)
         key, resource = self._key(obj), self.resource(obj["apiVersion"], obj["kind"])
+        self._refuse_in_terminating(obj, resource)
         entry = _entry(obj, manager, "Update", _owned_fields(obj, update=True))
         obj["metadata"]["managedFields"] = [entry] if entry["fieldsV1"] else []
         self._stamp(obj)
@@ -657,6 +663,14 @@ class ApiServer:
         if _group(obj["apiVersion"]) == "metallb.io":
             self._ask_metallb(obj)
         return obj
+
+    def _refuse_in_terminating(self, obj: Object, resource: Resource) -> None:
+        """What the admission plugin NamespaceLifecycle says of a namespace that is going."""
+        name, namespace = obj["metadata"]["name"], obj["metadata"].get("namespace", "")
+        held = self.world.get(self._file("Namespace", "", namespace)) if namespace else None
+        if held and held["metadata"].get("deletionTimestamp"):
+            why = f"unable to create new content in namespace {namespace} because it is being"
+            raise ApiError("Forbidden", f'{resource.named} "{name}" is forbidden: {why} terminated')
 
     # MetalLB, once its chart is in the cluster
 

@@ -504,34 +504,42 @@ class Faults:
     """The faults of `<rehearsal>/faults.json`, a list of
 
         {"provider": "docker", "method": "Create", "urn": "*::k3d-factory", "when": "before",
-         "do": "fail", "message": "no space left", "seconds": 5, "times": 1, "preview": false}
+         "do": "fail", "message": "no space left", "seconds": 5, "whom": "provider", "times": 1,
+         "each": false, "preview": false}
 
-    `provider` is a package; `method` and `urn` are patterns (fnmatch; for Invoke, `urn` is matched
-    against the function's token), both `*` by default. `when`: before the step, or after the world
-    was changed and before the answer. `do`: `fail` with `message`; `hang` until the engine gives
-    up; come `late` by `seconds` (1 by default); `kill` the provider's process. `times` (1 by
-    default) is counted across processes. A preview's calls are spared unless `preview` is true.
+    `provider` is a package; it, `method` and `urn` are patterns (fnmatch; for Invoke, `urn` is
+    matched against the function's token), all `*` by default. `when`: `before` the step; `after`
+    the world was changed and before the answer; with `kill` also once the engine has `recorded` the
+    answer in the state. `do`: `fail` with `message`; `hang` until the step's time limit
+    (customTimeouts), which is over at once, or without one until the engine gives up; come `late`
+    by `seconds` (1 by default); `kill` a process, `whom`: the `provider`'s (by default), the
+    `engine`'s or the `program`'s. `times` (1 by default) is counted across processes; of `each`
+    method and URN by itself if that is true. A preview's calls are spared unless `preview` is true.
     """
 
-    def __init__(self, directory: Path, package: str) -> None:
+    def __init__(self, directory: Path, package: str, expired: str = "") -> None:
         self.package = package
+        self.expired = expired
         self.file = directory / "faults.json"
+        self.stacks = directory / "state" / ".pulumi" / "stacks"
         self.taken = directory / "faults"
         self.cancelled = threading.Event()
         self._read: tuple[int, list[Properties]] = (0, [])
 
-    def strike(self, when: str, method: str, subject: str, preview: bool) -> None:
+    def strike(
+        self, when: str, method: str, subject: str, preview: bool, timeout: float = 0.0
+    ) -> None:
         """Let the first fault that fits happen, if there is one."""
         for fault in self._faults():
             if (
-                fault.get("provider") == self.package
+                fnmatch.fnmatchcase(self.package, fault.get("provider", "*"))
                 and fault.get("when", "before") == when
                 and fnmatch.fnmatchcase(method, fault.get("method", "*"))
                 and fnmatch.fnmatchcase(subject, fault.get("urn", "*"))
                 and (not preview or fault.get("preview", False))
-                and self._count(fault)
+                and self._count(fault, method, subject)
             ):
-                self._happen(fault, method)
+                self._happen(fault, when, method, subject, timeout)
                 return
 
     def _faults(self) -> list[Properties]:
@@ -551,26 +559,71 @@ class Faults:
             self._read = (stamp, faults)
         return self._read[1]
 
-    def _count(self, fault: Properties) -> bool:
-        digest = hashlib.sha256(json.dumps(fault, sort_keys=True).encode()).hexdigest()[:16]
+    def _count(self, fault: Properties, method: str, subject: str) -> bool:
+        counted = [fault, method, subject] if fault.get("each") else fault
+        digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
         self.taken.mkdir(exist_ok=True)
         for number in range(fault.get("times", 1)):
             with suppress(FileExistsError):
-                (self.taken / f"{digest}-{number}").open("x").close()
+                with (self.taken / f"{digest}-{number}").open("x") as file:
+                    file.write(f"{method} {subject}\n")
                 return True
         return False
 
-    def _happen(self, fault: Properties, method: str) -> None:
+    def _happen(
+        self, fault: Properties, when: str, method: str, subject: str, timeout: float
+    ) -> None:
         do, message = fault["do"], fault.get("message", f"{method} failed, as faults.json says")
         if do == "fail":
             raise Failure(message)
-        if do == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if do == "kill" and when == "recorded":
+            args = [fault.get("whom", "provider"), subject]
+            threading.Thread(target=self._kill_once_recorded, args=args, daemon=True).start()
+        elif do == "kill":
+            _kill(fault.get("whom", "provider"))
         if do == "hang":
+            if timeout:
+                raise Failure(self.expired)
             self.cancelled.wait()
             raise Failure("cancelled", "CANCELLED")
         if do == "late":
             time.sleep(fault.get("seconds", 1))
+
+    def _kill_once_recorded(self, whom: str, urn: str) -> None:
+        """The engine writes down what it begins with before it asks a provider."""
+        stack, project = urn.split("::")[0].rpartition(":")[2], urn.split("::")[1]
+        state = self.stacks / project / f"{stack}.json"
+        while True:
+            with suppress(FileNotFoundError, ValueError):
+                latest = json.loads(state.read_text())["checkpoint"]["latest"] or {}
+                begun = latest.get("pending_operations") or []
+                if urn not in (operation["resource"]["urn"] for operation in begun):
+                    return _kill(whom)
+            time.sleep(0.005)
+
+
+def _kill(whom: str) -> None:
+    """Kill the process of this provider, of the engine or of the Pulumi program, if it lives."""
+    if whom == "provider":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if whom == "engine":
+        engine = os.getppid()
+        if engine > 1:
+            os.kill(engine, signal.SIGKILL)
+        # Whoever serves a dead engine ends soon, and this step must not go on until then.
+        threading.Event().wait()
+    if whom == "program":
+        # A child of the engine's child, its language host.
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                is_program = b"--program" in command or b"pulumi-language-python-exec" in command
+                if is_program and _parent(_parent(int(entry.name))) == os.getppid():
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 # The protocol
@@ -591,6 +644,8 @@ class Provider:
     """Fields of ConfigureResponse."""
     unimplemented: ClassVar[str] = "method {method} not implemented"
     """The official plugin's wording of Unimplemented."""
+    expired: ClassVar[str] = "context deadline exceeded"
+    """The official plugin's wording of a step that took longer than its customTimeouts."""
 
     def __init__(self, directory: Path, log: Log | None = None) -> None:
         self.directory = directory
@@ -656,7 +711,7 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
-        self.faults = Faults(provider.directory, provider.package)
+        self.faults = Faults(provider.directory, provider.package, provider.expired)
 
     def _serve(
         self,
@@ -665,11 +720,13 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
         answer: Callable[[], Any],
         subject: str = "",
         preview: bool = False,
+        timeout: float = 0.0,
     ) -> Any:
         try:
-            self.faults.strike("before", method, subject, preview)
+            self.faults.strike("before", method, subject, preview, timeout)
             answered = answer()
-            self.faults.strike("after", method, subject, preview)
+            for when in ("after", "recorded"):
+                self.faults.strike(when, method, subject, preview, timeout)
             return answered
         except Failure as failure:
             if isinstance(failure, InitFailed):
@@ -721,7 +778,7 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
             id, properties = self.provider.create(_request(request, news="properties"))
             return provider_pb2.CreateResponse(id=id, properties=marshal(properties))
 
-        return self._serve(context, "Create", answer, request.urn, request.preview)
+        return self._serve(context, "Create", answer, request.urn, request.preview, request.timeout)
 
     def Read(self, request, context):
         def answer():
@@ -741,14 +798,14 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
             asked = _request(request, "olds", "news", "old_inputs")
             return provider_pb2.UpdateResponse(properties=marshal(self.provider.update(asked)))
 
-        return self._serve(context, "Update", answer, request.urn, request.preview)
+        return self._serve(context, "Update", answer, request.urn, request.preview, request.timeout)
 
     def Delete(self, request, context):
         def answer():
             self.provider.delete(_request(request, olds="properties", old_inputs="old_inputs"))
             return empty_pb2.Empty()
 
-        return self._serve(context, "Delete", answer, request.urn)
+        return self._serve(context, "Delete", answer, request.urn, timeout=request.timeout)
 
     def Invoke(self, request, context):
         def answer():

@@ -6,7 +6,8 @@ World, beside that of the machines:
                        "names"}}}; remove it, and the cluster is gone. Its objects are in the
                        kubernetes stand-in's world
 World of a machine:
-  k3s-broken.json      versions whose k3s ends as soon as it starts
+  k3s-broken.json      versions whose k3s ends as soon as it starts, or the datastore (sqlite, etcd)
+                       with which it does
   k3s.json             {"cluster", "node"}: what runs or ran here
 What k3s keeps on the host is below files/var/lib/rancher/k3s, as its datastore is: a state.db or an
 etcd, each the token that it is sealed with and the cluster's name.
@@ -126,6 +127,9 @@ class K3s:
             cluster = self._joined(config, token)
         else:
             cluster = self._serve(config, token, name)
+            kind, _ = self._held() or ("", "")
+            if kind in self.machine.setting("k3s-broken.json", []):
+                raise _Ends(f"failed to start {kind}: context deadline exceeded")
         node = config["node-name"]
         address = str(config.get("node-ip") or self._address()).split(",")[0]
         before = cluster["members"].get(node)

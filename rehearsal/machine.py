@@ -547,6 +547,18 @@ class RehearsalMachine(Machine):
             raise ConnectionRefusedError(111, "Connection refused")
         return self._create_container(found.group(1), body)
 
+    def visit(
+        self, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Nothing leaves the machine: web.json says what is answered, and visited.json what was
+        sent."""
+        sent = [url, (body or b"").decode(), dict(headers or {})]
+        self.set("visited.json", [*self.setting("visited.json", []), sent])
+        status = self.setting("web.json", {}).get(url, 200)
+        if isinstance(status, str):
+            raise OSError(status)
+        return status
+
     def bytes_read(self, pids: Iterable[int]) -> int | None:
         total = 0
         for cluster in self.clusters():
@@ -888,18 +900,32 @@ class RehearsalMachine(Machine):
         """PostgreSQL's tools in a pod. A dump is its content between two marks."""
         there, _, argv = (words[: words.index("--")], 0, words[words.index("--") + 1 :])
         options, (workload,) = _options(there, ["--stdin"], ["--namespace", "--container"])
-        pod = self.setting("databases.json", {}).get(f"{options['--namespace']}/{workload}")
+        databases = self.setting("databases.json", {})
+        pod = databases.get(f"{options['--namespace']}/{workload}")
         if pod is None:
             kind, _, name = workload.partition("/")
             return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
-        values = ["--username", "--dbname", "--command", "--format", "--file"]
+        values = ["--username", "--dbname", "--command", "--format", "--file", "--template"]
         flags = ["--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
-        given, _ = _options(argv[1:], flags, values)
+        flags += ["--if-exists", "--exit-on-error", "--no-owner"]
+        given, operands = _options(argv[1:], flags, values)
+        if argv[0] == "createdb":
+            if operands[0] in pod:
+                return _failed(f'createdb: error: database "{operands[0]}" already exists')
+            pod[operands[0]] = {"content": "", "rows": "0/0/0"}
+            self.set("databases.json", databases)
+            return _done()
+        if argv[0] == "dropdb" and "--if-exists" in given:
+            pod.pop(operands[0], None)
+            self.set("databases.json", databases)
+            return _done()
         if argv[0] == "pg_restore":
-            whole = input.startswith(b"PGDMP ") and input.endswith(b" END")
-            return (
-                _done() if whole else _failed("pg_restore: error: could not read from input file")
-            )
+            if not (input.startswith(b"PGDMP ") and input.endswith(b" END")):
+                return _failed("pg_restore: error: could not read from input file")
+            if "--dbname" in given:
+                pod[given["--dbname"]]["content"] = input[6:-4].decode()
+                self.set("databases.json", databases)
+            return _done()
         database = pod.get(given["--dbname"])
         if database is None:
             return _failed(f'FATAL:  database "{given["--dbname"]}" does not exist')

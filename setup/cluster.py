@@ -1,11 +1,13 @@
 """What tests/cluster runs on: a Docker engine, k3d, and the root file system of a stand-in node.
 
 Taken from PATH where it is there in a suitable version, else as users have it, else from package
-registries: Go modules pinned in setup/k3d and tests/cluster/node, and Debian packages, which are
-unpacked into the cache and never installed, since a test changes nothing of the system.
+registries: Go modules pinned in setup/k3d, setup/backup and tests/cluster/node, and Debian
+packages, which are unpacked into the cache and never installed, since a test changes nothing of the
+system.
 """
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -28,6 +30,10 @@ COMPONENTS = {
     "etcd": "go.etcd.io/etcd/server/v3",
     "kwok": "sigs.k8s.io/kwok/cmd/kwok",
     "coredns": "github.com/coredns/coredns",
+}
+BACKUP = {
+    "restic": "github.com/restic/restic/cmd/restic",
+    "versitygw": "github.com/versity/versitygw/cmd/versitygw",  # an S3 server
 }
 _IPTABLES = [
     "iptables",
@@ -73,18 +79,48 @@ def resolve() -> Rig:
     components = _go_programs(
         "node-components", NODE, COMPONENTS, ["go.mod", "go.sum"], "building them takes 10 minutes"
     )
-    kubectl = _go_programs(
-        "kubectl", NODE, {"kubectl": COMPONENTS["kubectl"]}, ["go.mod"], "the host's", _versioned()
+    versioned = _go_programs(
+        "versioned",
+        NODE,
+        {name: COMPONENTS[name] for name in ("kubectl", "kube-apiserver")},
+        ["go.mod"],
+        "those that say which version they are",
+        _versioned(),
     )
     stand_in = _go_programs(
         "node-k3s", NODE, {"k3s": "./k3s"}, ["go.mod", "go.sum", "k3s"], "the stand-in for k3s"
     )
+    backup = _go_programs(
+        "backup-tools", HERE / "backup", BACKUP, ["go.mod", "go.sum"], "restic and an S3 server"
+    )
     root = cache.install(
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
-        lambda directory: _node_root(directory, components, stand_in),
+        lambda directory: _node_root(directory, [components, versioned], stand_in),
     )
-    path = [k3d.directory, kubectl / "bin", components / "bin"]
+    path = [k3d.directory, versioned / "bin", components / "bin", backup / "bin"]
     return Rig(path, engine / "bin", root / "root")
+
+
+def definitions(modules: dict[str, str]) -> Path:
+    """A directory with the CustomResourceDefinitions that Go modules hold: {"<module>@<version>":
+    path of the file or folder in it}. Go checks what it gets against its checksum database. Raises
+    SetupError.
+    """
+    wanted = _digest(json.dumps(sorted(modules.items())))
+    return cache.install(f"definitions-{wanted}", lambda there: _definitions(there, modules))
+
+
+def _definitions(directory: Path, modules: dict[str, str]) -> str:
+    go = tools.go()
+    caches = {"GOMODCACHE": str(directory / "mod"), "GOFLAGS": "-modcacherw", "GOWORK": "off"}
+    command = [go, "mod", "download", *modules]
+    cache.run("definitions", command, cwd=directory, env={**os.environ, **caches})
+    for module, path in modules.items():
+        source = directory / "mod" / module / path
+        for file in sorted(source.glob("*.yaml")) if source.is_dir() else [source]:
+            shutil.copy(file, directory / file.name)
+    shutil.rmtree(directory / "mod")
+    return f"of the Go modules {', '.join(modules)}"
 
 
 def _k3d_release(directory: Path) -> str:
@@ -104,7 +140,8 @@ def _k3d_go(directory: Path) -> str:
 
 
 def _versioned() -> str:
-    """The linker's flags for a kubectl that says which it is: hostctl refuses one that does not."""
+    """The linker's flags for programs that say which they are: hostctl refuses a kubectl, and an
+    agent's API server, that does not."""
     pinned = (NODE / "go.mod").read_text().partition("k8s.io/kubernetes v")[2].split()[0]
     major, minor, _ = pinned.split(".")
     version = {"gitVersion": f"v{pinned}", "gitMajor": major, "gitMinor": minor}
@@ -192,7 +229,7 @@ def _iptables_flavour(root: Path, library: Path) -> str:
     raise SetupError(f"the kernel's packet filter cannot be used: {tried.stderr.strip()}")
 
 
-def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
+def _node_root(directory: Path, components: list[Path], stand_in: Path) -> str:
     """The root file system of the stand-in node: Debian's busybox, glibc and iptables, and ours."""
     root = directory / "root"
     debian.unpack("node", _NODE_PACKAGES, root)
@@ -212,8 +249,9 @@ def _node_root(directory: Path, components: Path, stand_in: Path) -> str:
             link = root / "usr/sbin" / f"{name}{suffix}"
             link.unlink(missing_ok=True)
             link.symlink_to(f"xtables-{flavour}-multi")
-    for program in COMPONENTS:
-        shutil.copy2(components / "bin" / program, root / "usr/lib/k3s" / program)
+    for place in components:
+        for program in sorted((place / "bin").iterdir()):
+            shutil.copy2(program, root / "usr/lib/k3s" / program.name)
     shutil.copy2(stand_in / "bin" / "k3s", root / "bin" / "k3s")
     for name in ("kubectl", "crictl", "ctr"):
         (root / "bin" / name).symlink_to("k3s")

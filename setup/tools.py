@@ -195,6 +195,13 @@ def _pulumi_go(directory: Path) -> str:
     return f"built from the Go module {module}/pkg/v3"
 
 
+def go() -> str:
+    """The Go on PATH. Raises SetupError where there is none."""
+    if found := shutil.which("go"):
+        return found
+    raise SetupError("go is not on PATH (any from 1.21 will do; it gets the one that it needs)")
+
+
 def go_build(
     step: str,
     module: Path,
@@ -208,11 +215,8 @@ def go_build(
 
     Go's caches are kept until it succeeds, and after that with `keep`. Raises SetupError.
     """
-    go = shutil.which("go")
-    if not go:
-        raise SetupError("go is not on PATH (any from 1.21 will do; it gets the one that it needs)")
     work = cache.root() / "go" / module.name  # an interrupted build goes on where it was
-    build = [go, "build", "-v", "-trimpath", "-mod=readonly", "-modcacherw", "-buildvcs=false"]
+    build = [go(), "build", "-v", "-trimpath", "-mod=readonly", "-modcacherw", "-buildvcs=false"]
     caches = {"GOMODCACHE": str(work / "mod"), "GOCACHE": str(work / "build"), "GOWORK": "off"}
     environment = {**os.environ, **caches, **({"CGO_ENABLED": "0"} if static else {})}
     for target, package in programs.items():

@@ -325,10 +325,10 @@ def _config(cluster: settings.K3sCluster, node: settings.K3sNode) -> dict[str, A
         "secrets-encryption": cluster.secrets_encryption,
         "write-kubeconfig-mode": "0600",
     }
-    if cluster.audit:
-        config["kube-apiserver-arg"] = [
-            f"{key}={value}" for key, value in cluster.audit.arguments().items()
-        ]
+    arguments = cluster.audit.arguments() if cluster.audit else {}
+    arguments |= cluster.api.oidc.arguments() if cluster.api.oidc else {}
+    if arguments:
+        config["kube-apiserver-arg"] = [f"{key}={value}" for key, value in arguments.items()]
     if snapshots := cluster.snapshots:
         config["etcd-snapshot-schedule-cron"] = snapshots.schedule
         config["etcd-snapshot-retention"] = snapshots.retention
@@ -408,7 +408,11 @@ def _kube_vip(virtual_ip: settings.VirtualIp) -> list[dict[str, Any]]:
                 "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}},
             }
         ],
-        "securityContext": {"capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
     }
     pod = {
         "serviceAccountName": name,
@@ -549,7 +553,11 @@ class K3sCluster(pulumi.ComponentResource):
             {"path": path, "content": self.kubeconfig, "mode": "0600"},
             secret=True,
             delete=["files", "remove"],
-            opts=pulumi.ResourceOptions(parent=self, depends_on=[way_in]),
+            # A destroy comes to it before it comes to any node, and goes no further. Nodes are not
+            # protected one by one: who takes one out of the settings means it.
+            opts=pulumi.ResourceOptions(
+                parent=self, depends_on=[way_in], protect=declared.delete != declared.name
+            ),
         )
         sleeping = live.kubeconfig is None and live.nodes[first].state != "absent"
         provider = kubernetes.Provider(

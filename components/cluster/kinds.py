@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, and
-    how its acceptance went where its kind has one.
+    """A cluster, or none, its output for consumers, its kubeconfig as text, which is secret, how
+    its acceptance went where its kind has one, and when its backups were proved.
     """
 
     cluster: Cluster | None = None
     output: pulumi.Output[homelab.Cluster] | None = None
     kubeconfig: pulumi.Output[str] | None = None
     acceptance: pulumi.Output[homelab.Acceptance] | None = None
+    backups: Mapping[str, Mapping[str, homelab.VerifiedRestore]] | None = None
 
 
 class Kind(Protocol):
@@ -60,7 +61,7 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
         existing = yield from LiveExisting.read(stack.cluster, stack.network, connection)
         return _Existing(stack.cluster, stack.host, existing, connection)
     if isinstance(stack.cluster, settings.K3sCluster):
-        connections = _connections(stack.cluster, stack.host, connection)
+        connections = connections_of(stack.cluster, stack.host, connection)
         k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
         return _K3s(stack.cluster, k3s, connection, connections)
     if not stack.has_cluster:
@@ -145,7 +146,13 @@ class _K3d:
             pod_network.append(Calico(name, CalicoArgs(self._cluster.pod_subnet, cluster)))
         LocalStorage(name, LocalStorageArgs(self._cluster.storage_class, cluster))
         Units(name, UnitsArgs(self._stack, self._units, host, after=[k3d]))
-        return Declared(cluster, k3d.output, kubeconfig.content, k3d.accept(pod_network))
+        return Declared(
+            cluster,
+            k3d.output,
+            kubeconfig.content,
+            k3d.accept(pod_network),
+            self._units.output or None,
+        )
 
 
 class _Existing:
@@ -183,7 +190,7 @@ class _Existing:
         return Declared(made.cluster, made.output, made.kubeconfig)
 
 
-def _connections(
+def connections_of(
     cluster: settings.K3sCluster, host: settings.Host, connection: Connection
 ) -> dict[str, Connection]:
     """The way to each node; one that is the stack's host is reached as that."""

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from components.recovery.adopt import adopt
 from components.recovery.backend import mend
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, natural_key
@@ -28,8 +29,10 @@ def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
         mend(engine)
         state = engine.export()
     begun = _pending(state)
-    if not begun:
-        engine.say("no operation was cut off")
+    if not begun and then == "up":
+        # A create whose provider died, or whose answer was lost, is forgotten by the engine.
+        engine.say("no operation was cut off; perhaps an answer was lost")
+        return adopt(engine, take=True)
     for operation in begun:
         engine.say(f"cut off while {operation['type']}: {described(operation['resource']['urn'])}")
     if begun:

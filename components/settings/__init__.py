@@ -20,6 +20,7 @@ from components.settings.cluster import (
 )
 from components.settings.config import load
 from components.settings.existing import ExistingCluster, KubeconfigSource, Node
+from components.settings.fleet import read_file, stack_files
 from components.settings.host import Host, K3d
 from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
 from components.settings.namespace import Namespace, NetworkPolicy
@@ -70,7 +71,15 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup
+from components.settings.upkeep import (
+    Backups,
+    Cleaning,
+    PostgresBackup,
+    S3Target,
+    VolumeBackup,
+    Watching,
+    Webhook,
+)
 
 __all__ = [
     "Acceptance",
@@ -129,6 +138,7 @@ __all__ = [
     "PublishedPort",
     "Role",
     "Route",
+    "S3Target",
     "Secret",
     "SecretCopy",
     "SecretReference",
@@ -143,8 +153,12 @@ __all__ = [
     "Tunnel",
     "VirtualIp",
     "VolumeBackup",
+    "Watching",
+    "Webhook",
     "auth_key_problem",
     "load",
     "missing_keys",
+    "read_file",
+    "stack_files",
     "token_secret_name",
 ]

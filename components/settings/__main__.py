@@ -4,7 +4,7 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from components.settings.fleet import Stack, collisions, stack_files
+from components.settings.fleet import Stack, collisions, stack_files, strays
 
 
 def main(directory: Path) -> int:
@@ -18,6 +18,7 @@ def main(directory: Path) -> int:
         for stack, other in combinations(fleet, 2)
         for problem in collisions(stack, other)
     ]
+    refused += [f"{stack.file}: {problem}" for stack in fleet for problem in strays(stack, fleet)]
     for line in refused:
         print(line, file=sys.stderr)
     claims = sum(len(stack.claims) for stack in fleet)

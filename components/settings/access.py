@@ -230,11 +230,11 @@ class ClusterAccess(Model):
         default={}, description="Who has which role, by a name of its own."
     )
 
-    def problems(self, known: frozenset[str], k3s_args: list[str] | None) -> Iterator[Problem]:
-        """What is wrong across the fields. ``known`` are the namespaces; ``k3s_args`` the API
-        server's arguments, None where others started it.
+    def problems(self, known: frozenset[str], provider: str | None) -> Iterator[Problem]:
+        """What is wrong across the fields. ``known`` are the namespaces; ``provider`` says how the
+        API server gets to know an OpenID provider, None where it may know one.
         """
-        yield from self._user_problems(k3s_args)
+        yield from self._user_problems(provider)
         for namespace, accounts in self.service_accounts.items():
             yield from _unknown_namespace(
                 ("access", "serviceAccounts", namespace), namespace, known
@@ -267,7 +267,7 @@ class ClusterAccess(Model):
                 yield from rule.problems((*path, "rules", index), role.namespace)
         yield from self._binding_problems(known)
 
-    def _user_problems(self, k3s_args: list[str] | None) -> Iterator[Problem]:
+    def _user_problems(self, provider: str | None) -> Iterator[Problem]:
         for name, user in self.users.items():
             path: Path = ("access", "users", name)
             reserved = [
@@ -284,16 +284,14 @@ class ClusterAccess(Model):
                         "certificate cannot be taken back",
                         "is Kubernetes' own",
                     )
-            provided = k3s_args is None or any("=oidc-issuer-url=" in one for one in k3s_args)
-            if user.kind == "oidc" and not provided:
+            if user.kind == "oidc" and provider:
                 yield Problem(
                     (*path, "kind"),
                     user.kind,
                     "certificate, or oidc where the API server knows a provider",
-                    "add --kube-apiserver-arg=oidc-issuer-url=... and oidc-client-id=... to "
-                    "homelab:cluster.k3sArgs (docs/access.md)",
+                    f"{provider} (docs/access.md)",
                     "is how nobody can log in",
-                    [("cluster", "k3sArgs")],
+                    [("cluster", "k3sArgs"), ("cluster", "api", "oidc")],
                 )
 
     def _binding_problems(self, known: frozenset[str]) -> Iterator[Problem]:

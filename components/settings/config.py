@@ -9,14 +9,14 @@ import pulumi
 import yaml
 from pulumi.runtime.config import CONFIG, get_config_env, is_config_secret
 
-from components.settings.fleet import NAMESPACE, Stack, collisions, stack_files
+from components.settings.fleet import NAMESPACE, Stack, collisions, stack_files, strays
 from components.settings.problem import Path, SettingsError
 from components.settings.stack import Settings
 
 
 def load() -> Settings:
     """The settings of the current stack that are in force. Raises SettingsError with all that is
-    wrong in them, or with all that another stack of the project has already.
+    wrong in them, or with all that does not go with the other stacks of the project.
 
     The engine hands over every key of the stack file, with the defaults of Pulumi.yaml and
     encrypted values decrypted. Keys of other namespaces are the providers' and not ours.
@@ -40,8 +40,10 @@ def load() -> Settings:
     for other in others:
         for problem in other.problems:
             pulumi.log.warn(f"{other.file} is compared without this: {problem}")
-    if taken := [problem for other in others for problem in collisions(stack, other)]:
-        raise SettingsError(name, taken, stack_file.shows)
+    wrong = [problem for other in others for problem in collisions(stack, other)]
+    wrong += strays(stack, others)
+    if wrong:
+        raise SettingsError(name, wrong, stack_file.shows)
     return settings.in_force
 
 

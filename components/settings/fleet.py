@@ -146,16 +146,39 @@ class Claim:
         return False
 
 
+def read_file(file: FilePath) -> tuple[Settings, list[Problem]]:
+    """The settings in a stack file without what is encrypted, for a reader who has no passphrase,
+    and what of the rest is refused. Raises SettingsError where that is too much, OSError or
+    ValueError where the file cannot be understood.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
+        config = (content or {}).get("config") or {}
+        ours = {
+            key.removeprefix(NAMESPACE): value
+            for key, value in config.items()
+            if key.startswith(NAMESPACE)
+        }
+    except (AttributeError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from None
+    left_out: list[Problem] = []
+    context = {"source": file.name, "left_out": left_out}
+    settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
+    return settings, left_out
+
+
 @dataclass(frozen=True)
 class Stack:
     """A stack by the name of its file and by what it claims.
 
     ``problems`` are its settings that cannot be understood; of those it claims nothing.
+    ``moved_from`` is the stack whose cluster it awaits.
     """
 
     file: str
     claims: Sequence[Claim]
     problems: Sequence[str] = ()
+    moved_from: str | None = None
 
     @classmethod
     def of(cls, name: str, settings: Settings, problems: Sequence[Problem] = ()) -> "Stack":
@@ -179,28 +202,20 @@ class Stack:
             for claim in _claims(name, settings)
             if stands(claim.path) and not (claim.place or "").startswith(tuple(unknown))
         )
-        return cls(f"Pulumi.{name}.yaml", claims, tuple(map(str, problems)))
+        cluster = settings.cluster
+        awaits = cluster.moved_from if isinstance(cluster, K3dCluster) else None
+        return cls(f"Pulumi.{name}.yaml", claims, tuple(map(str, problems)), awaits)
 
     @classmethod
     def read(cls, file: FilePath) -> "Stack":
         """A stack from its file. What cannot be understood is among ``problems``; never raises."""
         name = file.name.removeprefix("Pulumi.").removesuffix(".yaml")
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), _LOADER)
-            config = (content or {}).get("config") or {}
-            ours = {
-                key.removeprefix(NAMESPACE): value
-                for key, value in config.items()
-                if key.startswith(NAMESPACE)
-            }
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            return cls(file.name, (), [f"cannot be read: {error}"])
-        left_out: list[Problem] = []
-        context = {"source": file.name, "left_out": left_out}
-        try:
-            settings = Settings.model_validate(ours, by_alias=True, by_name=False, context=context)
+            settings, left_out = read_file(file)
         except SettingsError as error:
             return cls(file.name, (), tuple(map(str, error.problems)))
+        except (OSError, ValueError) as error:
+            return cls(file.name, (), [f"cannot be read: {error}"])
         return cls.of(name, settings, left_out)
 
 
@@ -223,6 +238,20 @@ def collisions(stack: Stack, other: Stack) -> Iterator[Problem]:
         for theirs in candidates:
             if claim.collides(theirs):
                 yield _problem(claim, theirs, other.file)
+
+
+def strays(stack: Stack, others: Iterable[Stack]) -> Iterator[Problem]:
+    """What a stack names that is no other stack of the project: movedFrom."""
+    files = sorted(other.file for other in others if other.file != stack.file)
+    if stack.moved_from and f"Pulumi.{stack.moved_from}.yaml" not in files:
+        yield Problem(
+            ("cluster", "movedFrom"),
+            stack.moved_from,
+            f"a stack that has one of the files {', '.join(files)}" if files else "another stack",
+            "correct the name; once the cluster lives here and the old stack is gone, remove the"
+            " key (docs/move.md)",
+            "is no other stack of this project",
+        )
 
 
 def _problem(mine: Claim, theirs: Claim, file: str) -> Problem:

@@ -32,6 +32,8 @@ from components.settings.problem import HIDDEN, Path, Problem, key_path
 VPN = IPv4Network("100.64.0.0/10")
 """What Tailscale gives addresses from (RFC 6598)."""
 
+OIDC_PREFIX = "oidc:"
+
 # A label's value (apimachinery's IsValidLabelValue), and a key with its domain (IsQualifiedName).
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _VALUE = rf"(?:{_NAME})?"
@@ -103,6 +105,33 @@ Endpoint = Annotated[
         "write the address alone",
         "s3.example.org",
         r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{1,5})?",
+    ),
+]
+Issuer = Annotated[
+    str,
+    Text(
+        "an https URL without query",
+        "write the issuer as the provider's /.well-known/openid-configuration has it",
+        "https://keycloak.example.org/realms/home",
+        r"https://[A-Za-z0-9.-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]*)?",
+    ),
+]
+Claim = Annotated[
+    str,
+    Text(
+        "the name of a claim: letters, digits, - and _",
+        "write it as the provider's tokens have it",
+        "preferred_username",
+        r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}",
+    ),
+]
+ClientId = Annotated[
+    str,
+    Text(
+        "a client's id, without blanks",
+        "write it as the provider has it",
+        "kubernetes",
+        r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,252}",
     ),
 ]
 Seconds = Annotated[
@@ -181,6 +210,33 @@ class VirtualIp(Model):
     interface: Interface = Field(description="The servers' interface in the LAN.")
 
 
+class Oidc(Model):
+    """The OpenID provider whose word the API server takes for who somebody is.
+
+    Names and groups get the prefix ``oidc:``: without it a provider could say system:masters.
+    """
+
+    issuer: Issuer = Field(description="The provider, as its tokens name it.")
+    client_id: ClientId = Field(description="The client that its tokens are for.")
+    username_claim: Claim = Field(
+        default="sub", description="What of a token is the user's name, after oidc:."
+    )
+    groups_claim: Claim = Field(
+        default="groups", description="What of a token are the user's groups, each after oidc:."
+    )
+
+    def arguments(self) -> dict[str, str]:
+        """The API server's arguments."""
+        return {
+            "oidc-issuer-url": self.issuer,
+            "oidc-client-id": self.client_id,
+            "oidc-username-claim": self.username_claim,
+            "oidc-username-prefix": OIDC_PREFIX,
+            "oidc-groups-claim": self.groups_claim,
+            "oidc-groups-prefix": OIDC_PREFIX,
+        }
+
+
 class K3sApi(Model):
     """The Kubernetes API as clients reach it."""
 
@@ -193,6 +249,9 @@ class K3sApi(Model):
         default=[],
         description="Names and addresses in the API's certificate besides each server's own. The "
         "virtual IP and homelab:cluster.api.server belong here.",
+    )
+    oidc: Oidc | None = Field(
+        default=None, description="Logins by an OpenID provider; none where left out."
     )
 
 

@@ -11,7 +11,7 @@ import pulumi
 Path = tuple[str | int, ...]
 """Keys and list indexes after `homelab:`, such as ``("cluster", "ports", 0, "hostPort")``."""
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,119}")
 _USERINFO = re.compile(r"//[^/@\s]*@")
 _LONGEST = 120
 

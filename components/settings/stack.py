@@ -16,10 +16,10 @@ from pydantic import (
 
 from components.settings.access import ClusterAccess
 from components.settings.argocd import ArgoCD
-from components.settings.cluster import K3dCluster
+from components.settings.cluster import K3dCluster, StorageClass
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
-from components.settings.k3s import K3sCluster
+from components.settings.k3s import OIDC_PREFIX, K3sCluster
 from components.settings.model import Model, Name, ObjectName
 from components.settings.namespace import Namespace, OwnPod, rollout_pods
 from components.settings.network import Network
@@ -39,7 +39,7 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning
+from components.settings.upkeep import Backups, Cleaning, Watching
 from components.settings.validation import validated
 
 _BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "kube-system"})
@@ -115,6 +115,9 @@ class Settings(Model):
         default=Cleaning(), description="Removal of what nothing references, on the host."
     )
     backups: Backups = Field(default=Backups(), description="Scheduled backups, on the host.")
+    watching: Watching = Field(
+        default=Watching(), description="Scheduled look at all that must work, on the host."
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -141,7 +144,9 @@ class Settings(Model):
         }
         left_out = ("network", "storage", "namespaces", "secrets", "argocd", "tailscale")
         fields = type(self).model_fields
-        of_cluster = {key: fields[key].default for key in (*left_out, "cleaning", "backups")}
+        of_cluster = {
+            key: fields[key].default for key in (*left_out, "cleaning", "backups", "watching")
+        }
         return self.model_copy(update={**of_cluster, "tunnels": hosts})
 
     def declared_secrets(self) -> list[DeclaredSecret]:
@@ -168,6 +173,11 @@ class Settings(Model):
     def node_names(self) -> list[str]:
         """The nodes that the settings name; none where they are containers."""
         return [] if isinstance(self.cluster, K3dCluster) else list(self.cluster.nodes)
+
+    @property
+    def storage_class(self) -> StorageClass | None:
+        """The class of a k3d cluster's storageDir; other kinds name theirs alone."""
+        return self.cluster.storage_class if isinstance(self.cluster, K3dCluster) else None
 
     @property
     def needs_docker(self) -> bool:
@@ -230,9 +240,8 @@ class Settings(Model):
         yield from self._namespace_problems()
         yield from self._limit_problems()
         if self.access is not None:
-            # Other kinds say their API server's arguments themselves, or others started it.
-            given = self.cluster.k3s_args if isinstance(self.cluster, K3dCluster) else None
-            yield from self.access.problems(self._known_namespaces, given)
+            yield from self.access.problems(self._known_namespaces, self._lacks_provider)
+            yield from self._login_problems(self.access)
         yield from self._secret_problems()
         yield from self._connector_problems()
         yield from self._zone_problems()
@@ -241,6 +250,8 @@ class Settings(Model):
         yield from self._route_namespace_problems()
         known = frozenset(self.declared_namespaces()) | _BUILT_IN_NAMESPACES
         yield from self.backups.problems(known)
+        yield from self._upkeep_problems()
+        yield from self.watching.problems(isinstance(self.cluster, K3dCluster))
 
     def _secrets_by_path(self) -> Iterator[tuple[Path, DeclaredSecret]]:
         for namespace, secrets in self.secrets.items():
@@ -256,6 +267,58 @@ class Settings(Model):
             for index, declared in enumerate(self.tailscale.declared_secrets()):
                 path = ("tailscale", "copies", index - 1) if index else ("tailscale", "authKey")
                 yield path, declared
+
+    @property
+    def _lacks_provider(self) -> str | None:
+        """How the API server gets to know an OpenID provider where it is known to have none."""
+        cluster = self.cluster
+        if isinstance(cluster, K3dCluster):
+            if not any("=oidc-issuer-url=" in one for one in cluster.k3s_args):
+                return (
+                    "add --kube-apiserver-arg=oidc-issuer-url=... and oidc-client-id=... to "
+                    "homelab:cluster.k3sArgs"
+                )
+        elif isinstance(cluster, K3sCluster) and cluster.api.oidc is None:
+            return "set homelab:cluster.api.oidc"
+        return None  # of a cluster that others made nobody here knows
+
+    def _login_problems(self, access: ClusterAccess) -> Iterator[Problem]:
+        """Names that no login of the declared provider can have."""
+        if not isinstance(self.cluster, K3sCluster) or self.cluster.api.oidc is None:
+            return
+        for name, user in access.users.items():
+            if user.kind == "oidc" and not name.startswith(OIDC_PREFIX):
+                yield Problem(
+                    ("access", "users", name),
+                    None,
+                    f"for a user of kind oidc, a name that begins with {OIDC_PREFIX}",
+                    f"name the user {OIDC_PREFIX}{name}, here and in homelab:access.bindings",
+                    "is nobody's name: the API server prefixes those of its provider",
+                    [("cluster", "api", "oidc")],
+                )
+
+    def _upkeep_problems(self) -> Iterator[Problem]:
+        """Cleaning and backups are hostctl's on a host of k3d alone."""
+        if isinstance(self.cluster, K3dCluster):
+            return
+        remedies = {
+            "cleaning": "remove it: each node's kubelet removes unused images when its disk fills "
+            "(imageGCHighThresholdPercent)",
+            "backups": "remove it; the datastore of k3s is kept by homelab:cluster.snapshots, a "
+            "volume of Longhorn by homelab:storage.longhorn.jobs with task backup "
+            "(docs/storage.md)",
+        }
+        for key, remedy in remedies.items():
+            if getattr(self, key).model_fields_set:
+                yield Problem(
+                    (key,),
+                    None,
+                    "this section with homelab:cluster.kind k3d alone",
+                    remedy,
+                    f"does nothing with kind {self.cluster.kind}: the nodes' files and images are "
+                    "not the host's",
+                    [("cluster", "kind")],
+                )
 
     def _reachability_problems(self) -> Iterator[Problem]:
         if not isinstance(self.cluster, K3dCluster):

@@ -181,7 +181,9 @@ class _Node:
         if self.is_model or self.is_choice or get_origin(self.type) in (dict, list):
             return "indent its keys or entries under it"
         flag = "--secret " if self.is_secret else ""
-        command = f"pulumi config set {flag}--path '{key_path(path)}'"
+        # A key is what someone wrote; this is pasted into a shell.
+        quoted = key_path(path).replace("'", "'\\''")
+        command = f"pulumi config set {flag}--path '{quoted}'"
         return f"{command}; {self.rule.remedy}" if self.rule else command
 
     def example(self) -> Any:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import pulumi
 
@@ -21,7 +22,7 @@ def check_nodes(
 
     Raises HostError with all that is missing on all of them.
     """
-    needs = _needs(storage)
+    needs = needs_of(storage)
     if not needs:
         return
     problems: list[str] = []
@@ -67,7 +68,8 @@ def check_nodes(
         )
 
 
-def _needs(storage: settings.Storage) -> list[str]:
+def needs_of(storage: settings.Storage) -> list[str]:
+    """What a node must have for the declared classes, as `hostctl storage check` takes it."""
     needs: list[str] = []
     for one in storage.classes.values():
         if isinstance(one, settings.LonghornClass):
@@ -86,11 +88,16 @@ def _needs(storage: settings.Storage) -> list[str]:
 
 
 def check_classes(
-    storage: settings.Storage, cluster: str, kubeconfig: str | None = None
+    storage: settings.Storage,
+    cluster: str,
+    kubeconfig: str | None = None,
+    own: settings.StorageClass | None = None,
 ) -> Reading[None]:
     """Refuses a second default class, and the removal of a class or volume that a claim holds.
 
-    ``kubeconfig`` is the text of the way in, where it is none of k3d's. The cluster answers; where
+    ``kubeconfig`` is the text of the way in, where it is none of k3d's; ``own`` the class that a
+    k3d cluster has without tiers, beside k3s's own, both of them marked: of several Kubernetes
+    takes the newest, which must be this one. The cluster answers; where
     it has stopped to, nothing is refused: the run that would change it fails by itself.
     """
     seen = yield from ask(["storage", "inspect"], {"cluster": cluster, "kubeconfig": kubeconfig})
@@ -131,11 +138,26 @@ def check_classes(
                     f"class {name} ({one['provisioner']}), which is not this stack's, is marked as"
                     f" default beside {storage.default}.\n    Remedy: {_unmark(name)}"
                 )
+    elif own and own.default and own.name in seen["classes"]:
+        mine = {**seen["classes"][own.name], "default": True}
+        taken = _taken({**seen["classes"], own.name: mine})
+        if taken != own.name:
+            problems.append(
+                f"claims that name no class get {taken}, which is newer than {own.name}"
+                " (homelab:cluster.storageClass).\n    Remedy: kubectl delete storageclass"
+                f" {own.name}, then pulumi up --refresh, which makes it anew: volumes stay"
+            )
     if problems:
         raise HostError(
             "homelab:storage: the cluster's volumes do not allow it; nothing was changed:\n"
             + "\n".join(f"  {problem}" for problem in problems)
         )
+
+
+def _taken(classes: dict[str, Any]) -> str:
+    """Which of the marked classes Kubernetes takes: the newest, of several the first by name."""
+    marked = {name: one["created"] for name, one in sorted(classes.items()) if one["default"]}
+    return max(marked, key=lambda name: marked[name], default="")
 
 
 def _unmark(name: str) -> str:

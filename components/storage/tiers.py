@@ -401,7 +401,20 @@ _HELPER_POD = {
             {"key": "node.kubernetes.io/disk-pressure", "operator": "Exists"},
             {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"},
         ],
-        "containers": [{"name": "helper-pod", "image": BUSYBOX}],
+        "automountServiceAccountToken": False,
+        "containers": [
+            {
+                "name": "helper-pod",
+                "image": BUSYBOX,
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    # Root's, to remove what other users have written and closed to all others.
+                    "capabilities": {"drop": ["ALL"], "add": ["DAC_OVERRIDE", "FOWNER"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }
+        ],
     },
 }
 

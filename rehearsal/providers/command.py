@@ -71,6 +71,8 @@ class Command(Provider):
         "acceptOutputs": True,
     }
     unimplemented = "{method} is not implemented"
+    # The context of the command's process ends, which kills it (exec.CommandContext).
+    expired = "signal: killed: running the command"
 
     def check_config(self, request: Request) -> Checked:
         return Checked({_VERSION_INPUT: "v1.5.0", **request.news})

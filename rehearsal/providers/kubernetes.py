@@ -14,8 +14,9 @@ World of the make-believe one, below `<rehearsal>/world/kubernetes/`:
       MetalLB has the address that it asks for, or a free one.
   charts.json
       {"<repository>/<chart>@<version>": "<appVersion>"}: the Helm charts that can be fetched, on
-      top of rehearsal/charts.json. In place of the version {"appVersion", "values": the top-level
-      keys that its schema knows, "crds": {"<plural>.<group>/<version>": "<Kind>"}}
+      top of rehearsal/charts.json. In place of the version {"appVersion", "values": the keys that
+      its schema or values.yaml knows, those below others as "service.enabled", where all that the
+      stacks set is and anything else is refused, "crds": {"<plural>.<group>/<version>": "<Kind>"}}
   webhooks.json
       see ApiServer
 <cluster> is `sha256(CA certificate)[:16]`, so a cluster made anew is empty. A kubeconfig reaches
@@ -508,7 +509,8 @@ class Kubernetes(Provider):
         elif os.environ.get(REALLY) == "1":
             self._really_reach(entry, _active_user(config, context))
         elif (cluster := self._reached(entry)) is not None:
-            self.api, self.unreachable = ApiServer(self.world, cluster), ""
+            self.api = ApiServer(self.world, cluster, lambda: bool(self._reached(entry)))
+            self.unreachable = ""
 
     def _really_reach(self, entry: Object, user: Object) -> None:
         from rehearsal.real.apiserver import RealApiServer, Unreachable
@@ -985,15 +987,15 @@ class Kubernetes(Provider):
         if not has_unknown(news):
             try:
                 filled["version"], chart = self._chart(plain(filled))
+                values = plain(filled).get("values") if "values" in chart else None
                 failures += [
                     (
                         "values",
                         "values don't meet the specifications of the schema(s) in the following "
                         f"chart(s):\n{plain(filled)['chart']}:\n"
-                        f"- (root): Additional property {key} is not allowed",
+                        f"- {where or '(root)'}: Additional property {key} is not allowed",
                     )
-                    for key in plain(filled).get("values") or {}
-                    if "values" in chart and key not in chart["values"]
+                    for where, key in _unknown_values(values or {}, chart.get("values", []))
                 ]
             except ValueError as error:
                 reason = f"{error}; check the chart name and repository configuration."
@@ -1195,6 +1197,18 @@ def _united(first: Any, second: Any) -> Any:
             k: _united(first[k], second[k]) if k in first and k in second else keys[k] for k in keys
         }
     return second
+
+
+def _unknown_values(values: Object, known: list[str], where: str = "") -> Iterator[tuple[str, str]]:
+    """Where in a chart's values a key is that it does not know, and the key."""
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        if path in known:
+            continue
+        if isinstance(value, dict) and any(one.startswith(f"{path}.") for one in known):
+            yield from _unknown_values(value, known, path)
+        else:
+            yield where, key
 
 
 def _version_order(version: str) -> tuple[int, ...]:

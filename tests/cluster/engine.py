@@ -125,7 +125,7 @@ class Engine:
     def open(self) -> None:
         """Make the host. Raises RuntimeError with the cause."""
         (self.root / "home").mkdir()
-        script = _INIT.format(root=self.root, changed=" ".join(_CHANGED))
+        script = self.script()
         # The host ends with this process, even when that is killed.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid"]
         command += ["--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", script]
@@ -139,6 +139,10 @@ class Engine:
             time.sleep(0.02)
         self.init = int(children.read_text().split()[0])
         self._write_runtime()
+
+    def script(self) -> str:
+        """What makes a host of the first process' namespaces."""
+        return _INIT.format(root=self.root, changed=" ".join(_CHANGED))
 
     def close(self) -> None:
         """End everything and remove it. Does nothing for what was never begun."""

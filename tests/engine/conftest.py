@@ -94,6 +94,14 @@ class K3dRehearsal(StackRehearsal):
         )
         return self.world / "kubernetes" / record["identity"].removeprefix(f"{self.cluster}-")
 
+    def confirm_destroy(self) -> None:
+        """Types the names of what is protected, and applies that."""
+        with self.edited() as settings:
+            settings["cluster"]["delete"] = self.cluster
+            for name, tunnel in settings["tunnels"].items():
+                tunnel["delete"] = name
+        self.up()
+
 
 class P510(K3dRehearsal):
     """A rehearsal of p510."""

@@ -4,24 +4,28 @@ One stack has a canary in every source that a secret can come from, and goes thr
 previewed, brought up past two failures, rotated, refreshed, destroyed. `Story.seen` is all that a
 person, a log collector or a backup of the state got to see of that. The core of a canary is letters
 and digits, which no quoting of URL, JSON, YAML or shell changes; it is looked for as it is, in
-hexadecimal, and in base64, once and twice over.
+hexadecimal, in base64, once and twice over, percent-encoded, and in all that gzip has compressed.
 """
 
 import base64
+import gzip
 import hashlib
 import json
 import os
 import re
 import threading
+import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import yaml
 
-from rehearsal.run import Rehearsal, Run, Secret
+from rehearsal.run import CHECKOUT, Rehearsal, Run, Secret
 
 pytestmark = pytest.mark.engine
 
@@ -151,6 +155,7 @@ class Story:
     seen: dict[str, bytes] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     processes: set[str] = field(default_factory=set)
+    environments: dict[str, bytes] = field(default_factory=dict)
     found_in_world: set[str] = field(default_factory=set)
     debug_log: str = ""
 
@@ -179,6 +184,12 @@ class Story:
         watcher.join()
         self.see(name, Run(("up",), process.returncode, stdout, stderr, 0, log))
         self.seen[f"command lines of {name}"] = "\n".join(self.processes).encode()
+        # The language host gives the program its config there (PULUMI_CONFIG), and nobody else.
+        self.seen |= {
+            f"environment of {command}": environment
+            for command, environment in self.environments.items()
+            if "language-python-exec" not in command and "--program" not in command
+        }
 
     def _note_processes(self, session: int, ended: threading.Event) -> None:
         while not ended.wait(0.005):
@@ -186,7 +197,9 @@ class Story:
                 if entry.name.isdigit():
                     with suppress(OSError):
                         if os.getsid(int(entry.name)) == session:
-                            self.processes.add((entry / "cmdline").read_bytes().decode())
+                            command = (entry / "cmdline").read_bytes().decode()
+                            self.processes.add(command)
+                            self.environments[command] = (entry / "environ").read_bytes()
 
 
 def lived(directory: Path) -> Story:
@@ -237,7 +250,7 @@ def lived(directory: Path) -> Story:
     story.found_in_world = {source for source, _ in found(needles, world)}
 
     rehearsal.set_config(second.config(delete="factory"))
-    confirmed = rehearsal.up("--debug", "-v=9", "--logtostderr")
+    confirmed = rehearsal.up("--debug", "-v=9", "--logtostderr", "--logflow")
     story.see("the confirmation of destroy", replace(confirmed, stderr=""))
     story.debug_log = confirmed.stderr
     story.see("destroy", rehearsal.destroy("--debug"))
@@ -280,6 +293,7 @@ def check_that_all_is_searched_that_a_stack_leaves(story: Story) -> None:
     running = " ".join(story.processes)
     for program in ("pulumi\0up", "language-python", "providers.command", "providers.docker"):
         assert program in running
+    assert any("providers.command" in name for name in story.seen if "environment" in name)
     assert "ciphertext" in story.seen["output of stack export"].decode()
 
 
@@ -328,15 +342,74 @@ def test_files_that_cannot_be_used_are_named_and_their_content_is_not_shown(tmp_
     assert found(story.needles, story.seen) == []
 
 
+def test_what_is_encoded_or_compressed_is_found():
+    needle = Canaries("form").core("a form")
+    packed = gzip.compress(f'{{"a": "{needle}"}}'.encode())
+    places = {
+        "as it is": f"x{needle}y".encode(),
+        "base64": base64.b64encode(f"ab{needle}".encode()),
+        "gzip": b"junk" + packed + b"junk",
+        "base64 of gzip": b"x=" + base64.b64encode(packed) + b";",
+        "percent": "".join(f"%{ord(c):02X}" for c in needle).encode(),
+        "nowhere": b"x" * 100,
+    }
+    assert {place for _, place in found({"": needle}, places)} == places.keys() - {"nowhere"}
+
+
+_CRASH = """
+import homelab
+def crash(*given, **outputs):
+    raise RuntimeError("the program has crashed")
+homelab.export = crash
+"""
+
+
+def test_neither_a_program_that_crashes_nor_a_provider_that_repeats_its_inputs_shows_a_secret(
+    tmp_path,
+):
+    canaries = Canaries("crash")
+    (tmp_path / "sitecustomize.py").write_text(_CRASH)
+    rehearsal = Rehearsal(tmp_path / "rehearsal", "dev", config=canaries.config())
+    canaries.write_files(rehearsal.directory / "world" / "machine")
+    token = canaries.core("api token")
+    fault = {"provider": "cloudflare", "method": "Create", "do": "fail"}
+    rehearsal.set_faults([{**fault, "message": f"403 Forbidden: Authorization: Bearer {token}"}])
+    story = Story(rehearsal, canaries.needles())
+    story.see("a provider's failure", rehearsal.up("--continue-on-error", check=False))
+    rehearsal.set_faults([])
+    rehearsal.environment = {"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
+    story.see("a crash", rehearsal.preview("--debug", check=False))
+    story.see_files("after it")
+    assert "403 Forbidden" in story.runs["a provider's failure"].stdout
+    crash = story.runs["a crash"]
+    assert "the program has crashed" in crash.stdout + crash.stderr
+    assert found(story.needles, story.seen) == []
+
+
 def found(needles: dict[str, str], places: dict[str, bytes]) -> list[tuple[str, str]]:
     """Each needle and place where it is found in some form."""
     forms = {source: _forms(needle.encode()) for source, needle in needles.items()}
     return [
         (source, place)
         for place, content in places.items()
+        for readable in [b"\0".join(_readings(content))]
         for source, texts in forms.items()
-        if any(text in content for text in texts)
+        if any(text in readable for text in texts)
     ]
+
+
+def _readings(content: bytes) -> Iterator[bytes]:
+    """The content, and what it is without percent-encoding and compression."""
+    yield content
+    if b"%" in content:
+        yield unquote_to_bytes(content)
+    packed = [content[start.start() :] for start in re.finditer(rb"\x1f\x8b\x08", content)]
+    # "H4sI" is base64 of gzip's first bytes.
+    for text in re.findall(rb"H4sI[A-Za-z0-9+/]+", content):
+        packed.append(base64.b64decode(text[: len(text) // 4 * 4]))
+    for one in packed:
+        with suppress(zlib.error):
+            yield zlib.decompressobj(31).decompress(one)
 
 
 def _forms(needle: bytes) -> list[bytes]:

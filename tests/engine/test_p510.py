@@ -143,6 +143,8 @@ def test_destroy_is_refused_whole_until_the_names_are_typed_and_then_leaves_no_o
     assert not p510.host_file("/var/lib/homelab/tunnels/p510.token").exists()
     assert_order(destroy, "Container::cloudflared-p510", "Command::token " + TOKEN)
     # Incident 10, and what the host needs without Pulumi.
+    storage = "/mnt/img_pool/k3d/storage"
+    assert f"the data of cluster factory stays in {storage} and {storage}-server" in destroy.stdout
     assert p510.host_file("/mnt/img_pool/k3d/storage").is_dir()
     assert p510.host_file("/var/lib/homelab/hostctl").exists()
     assert list(p510.host_file("/etc/systemd/system").iterdir()) == []

@@ -7,6 +7,8 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 
 import copy
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +165,30 @@ def test_once_up_nothing_is_left_to_do_and_the_kubeconfig_is_reachable(tower):
     seen = tower.machine(MASTER).stat("/var/lib/homelab/kubeconfigs/tower")
     assert seen is not None
     assert (seen.mode, seen.owner) == (0o600, "root")
+
+
+def test_status_tells_of_each_node_and_of_one_that_does_not_answer(tower):
+    def status(code: int) -> dict[tuple[str, str], Any]:
+        project = str(tower.directory / "project")
+        ran = subprocess.run(
+            [sys.executable, "-m", "status", "--json", "--project", project, "tower"],
+            env=tower.process_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == code, ran.stdout + ran.stderr
+        return {(row["part"], row["what"]): row for row in json.loads(ran.stdout)}
+
+    rows = status(0)
+    for node in NODES:
+        assert rows["cluster", f"node {node}"]["now"] == "running v1.33.5+k3s1"
+    tower.silence(SECOND)
+    rows = status(2)
+    assert rows["host", "node k3s-worker-2"]["now"].startswith("does not answer: ssh: ")
+    assert rows["cluster", "node k3s-worker-1"]["verdict"] == "fine"
+    tower.silence(SECOND, False)
+    tower.machine(WORKER).run(["systemctl", "stop", "k3s-agent.service"])
+    assert status(1)["cluster", "node k3s-worker-1"]["verdict"] == "bad"
 
 
 def test_no_credential_is_in_the_state_in_clear_or_in_any_output_of_a_run(tower):
@@ -412,6 +438,19 @@ def test_destroy_needs_the_typed_name_and_then_leaves_no_k3s(tower):
         machine = tower.machine(address)
         assert not machine.exists("/usr/local/bin/k3s")
         assert not [n for n in machine.names("/etc/systemd/system") if n.startswith("k3s")]
+
+
+def test_a_destroy_without_its_preview_stops_before_any_node(tower):
+    longhorn = next(r["urn"] for r in tower.resources() if r["urn"].endswith("Release::longhorn"))
+    tower.pulumi("state", "unprotect", "--yes", longhorn)
+    refused = tower.destroy(check=False)
+    assert refused.code != 0
+    assert "kubeconfig file" in refused.stdout + refused.stderr
+    assert [name for name, one in tower.members.items() if one["running"]] == list(NODES)
+    for address in (MASTER, WORKER, SECOND):
+        assert tower.machine(address).exists("/usr/local/bin/k3s")
+    kept = {r["urn"].rpartition("::")[2] for r in tower.resources()}
+    assert kept >= {name for node in NODES for name in (node, f"uncordon {node}")}
 
 
 if __name__ == "__main__":

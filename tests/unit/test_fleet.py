@@ -457,6 +457,19 @@ class TestFiles:
         assert sum(line.startswith("Pulumi.a.yaml: homelab:cluster.") for line in lines) == 6
         assert not any(line.startswith("Pulumi.b.yaml: ") for line in lines)
 
+    @pytest.mark.parametrize("named", ["gone", "b"])
+    def test_a_cluster_is_moved_from_another_stack_of_the_project(
+        self, write: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write("a", host={"name": "old"}, cluster={"image": IMAGE, "enabled": False})
+        write("b", host={"name": "new"}, cluster={"image": IMAGE, "movedFrom": "a"})
+        assert main(tmp_path) == 0, capsys.readouterr().err
+        write("b", host={"name": "new"}, cluster={"image": IMAGE, "movedFrom": named})
+        assert main(tmp_path) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f'Pulumi.b.yaml: homelab:cluster.movedFrom: "{named}" is no other')
+        assert "Pulumi.a.yaml" in line
+
     def test_the_stacks_of_this_project_live_side_by_side(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -1,5 +1,6 @@
 """hostctl's k3s verbs on several servers: etcd, its conversion, snapshots, the token."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -174,6 +175,7 @@ def test_without_room_for_a_backup_nothing_is_converted(tower: Tower) -> None:
     tower.master.machine.set("free", 1)
     tower.master("k3s ensure", tower.server(datastore="etcd", confirm="tower"), 3)
     assert tower.master.machine.exists(f"{DATABASE}/state.db")
+    assert tower.cluster["members"]["k3s-master"]["running"]
     tower.master.machine.set("free", 2**40)
     tower.master.up(tower.server())
     assert tower.master.differs(tower.server()) == {}
@@ -198,6 +200,91 @@ def test_a_conversion_that_is_killed_anywhere_is_continued_or_goes_back(tmp_path
                 break
         else:
             pytest.fail("it never came to its end")
+
+
+def test_an_etcd_that_does_not_start_is_undone_and_sqlite_serves_again(tower: Tower) -> None:
+    identity = tower.master.inspect(tower.server())["node"]["identity"]
+    tower.master.machine.set("k3s-broken.json", ["etcd"])
+    wanted = tower.server(datastore="etcd", confirm="tower")
+    error = tower.master("k3s ensure", wanted, 5)
+    assert "failed to start etcd" in error["cause"]
+    assert "k3s-master serves its sqlite again" in error["cause"]
+    seen = tower.master.inspect(tower.server())
+    assert (seen["node"]["state"], seen["node"]["datastore"]) == ("running", "sqlite")
+    assert (seen["node"]["identity"], seen["differences"]) == (identity, [])
+    assert "cluster-init" not in tower.master.text("/etc/rancher/k3s/config.yaml")
+    # The next run tries anew.
+    tower.master.machine.set("k3s-broken.json", [])
+    assert "datastore" in tower.master.up(wanted)["changed"]
+    assert tower.master.differs(wanted) == {}
+
+
+def test_a_sqlite_that_does_not_start_is_undone_and_etcd_keeps_what_came_after(
+    tower: Tower,
+) -> None:
+    tower.master.up(tower.server(datastore="etcd", confirm="tower"))
+    content = f"{DATABASE}/etcd/member/db"
+    tower.master.machine.write_atomic(content, tower.master.machine.read(content) + b"more", 0o600)
+    tower.master.machine.set("k3s-broken.json", ["sqlite"])
+    error = tower.master("k3s ensure", tower.server(confirm="tower"), 5)
+    assert "k3s-master serves its etcd again" in error["cause"]
+    assert tower.master.machine.read(content).endswith(b"more")
+    assert tower.master.differs(tower.server(datastore="etcd")) == {}
+    # And the backup of before is still known.
+    tower.master.machine.set("k3s-broken.json", [])
+    tower.master.up(tower.server(confirm="tower"))
+    assert tower.master.differs(tower.server()) == {}
+
+
+def test_a_conversion_that_was_verified_is_never_undone_by_a_later_failure(tower: Tower) -> None:
+    wanted = tower.server(datastore="etcd", confirm="tower")
+    tower.master.up(wanted)
+    tower.master.machine.set("k3s-broken.json", ["etcd"])
+    tower.master("k3s stop", {"cluster": "tower", "node": "k3s-master"})
+    assert "undone" not in tower.master("k3s ensure", wanted, 5)["cause"]
+    assert tower.master.machine.exists(f"{DATABASE}/etcd/member/db")
+
+
+def test_a_conversion_and_an_upgrade_are_two_steps(tower: Tower) -> None:
+    new = "v1.34.1+k3s1"
+    spec = tower.server(datastore="etcd", confirm="tower", version=new, install=install(new))
+    assert "convert in the version that runs" in tower.master("k3s ensure", spec, 3)["remedy"]
+    assert tower.master.inspect(tower.server())["node"]["state"] == "running"
+
+
+@pytest.mark.parametrize("to", ["etcd", "sqlite"])
+def test_a_way_back_that_is_killed_anywhere_ends_at_what_was_there_before(
+    tmp_path: Any, to: str
+) -> None:
+    made = Tower(tmp_path / "made")
+    before, after = made.server(confirm="tower"), made.server(confirm="tower")
+    (before if to == "sqlite" else after)["datastore"] = "etcd"
+    identity = made.master.up(made.server())["identity"]
+    if to == "sqlite":
+        made.master.up(before)
+    made.master.machine.set("k3s-broken.json", [to])
+    for step in range(120):
+        shutil.copytree(made.root, tmp_path / str(step))
+        tower = Tower(tmp_path / str(step))
+        tower.master.dies_after = step
+        try:
+            tower.master("k3s ensure", after, 5)
+        except Killed:
+            tower.master.dies_after = None
+            # The next run goes on with it, wherever it was cut off.
+            assert "was undone" in tower.master("k3s ensure", after, 5)["cause"]
+        else:
+            assert step > 30
+            break
+        finally:
+            tower.master.dies_after = None
+        seen = tower.master.inspect(before)
+        assert seen["node"]["state"] == "running"
+        assert seen["node"]["datastore"] == before["datastore"]
+        assert seen["node"]["identity"] == identity
+        assert seen["differences"] == []
+    else:
+        pytest.fail("it never came to its end")
 
 
 # Snapshots
@@ -372,3 +459,16 @@ def test_the_kept_tokens_are_roots_alone(ha: HighlyAvailable) -> None:
     for name in kept:
         assert mode(machine, f"/var/lib/homelab/k3s-tokens/{name}") == 0o600
     assert MASTER not in str(kept)
+
+
+def test_a_server_that_joined_again_after_it_was_forgotten_leaves_before_it_is_removed(
+    ha: HighlyAvailable,
+) -> None:
+    assert ha.master("k3s forget", {"cluster": "tower", "node": "k3s-server-3"})["changed"]
+    # The run was cut off here, and systemd has started it again (k3s issue 4023).
+    ha.third.machine.run(["systemctl", "restart", "--no-block", "k3s.service"])
+    assert "k3s-server-3" in ha.cluster["members"]
+    assert ha.third("k3s remove", ha.joining(3))["removed"]
+    assert sorted(ha.cluster["members"]) == ["k3s-master", "k3s-server-2"]
+    ran = [call for call in ha.third.calls if "delete" in call or "stop" in call]
+    assert ("delete" in ran[0], "stop" in ran[1]) == (True, True)

@@ -146,6 +146,7 @@ def test_classes_and_volumes_are_told_with_marks_and_claims(metal: Metal) -> Non
     add(metal.inside, "PersistentVolume", "pvc-1", spec=spec)
     seen = inspect(metal)
     assert seen["state"] == "known"
+    assert all(one.pop("created").endswith("Z") for one in seen["classes"].values())
     assert seen["classes"] == {
         "foreign": {"default": True, "provisioner": "x", "part_of": ""},
         "ours": {"default": False, "provisioner": "y", "part_of": "homelab-storage"},

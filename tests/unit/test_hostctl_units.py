@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hostctl.cluster_backup import utc
 from hostctl.machine import Ran
 from hostctl.units import _calendar, _cron
 from tests.unit.test_hostctl import SPEC, Host
@@ -26,6 +27,11 @@ UNITS: dict[str, Any] = {
     "backup": "03:30",
     "keep": 14,
     "items": [DATABASE],
+}
+WATCHING: dict[str, Any] = {
+    "cluster": "factory",
+    "storage_dir": SPEC["storage_dir"],
+    "dns": {"name": "registry-1.docker.io", "image": "rancher/mirrored-library-busybox:1.36.1"},
 }
 BOOT = "homelab-factory.service"
 ALL = [
@@ -75,6 +81,35 @@ def told(host: Host, unit: str, **facts: str) -> None:
 
 def states(seen: Any) -> dict[str, str]:
     return {name: unit["installed"] for name, unit in seen["units"].items()}
+
+
+TARGET = {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_daily": 7}
+COPIES: dict[str, Any] = {"targets": [TARGET], "verify": "Sun 05:00", "verified_within_days": 8}
+
+
+def test_copies_are_verified_on_a_schedule_and_a_preview_says_when_they_were_not(
+    live: Host,
+) -> None:
+    up(live, **COPIES)
+    assert "ExecStart=/var/lib/homelab/hostctl backup verify factory" in text(
+        live, "homelab-factory-verify.service"
+    )
+    assert "OnCalendar=Sun *-*-* 05:00:00" in text(live, "homelab-factory-verify.timer")
+    never = "the copy of skillai at nas was verified never, allowed are 8 days"
+    assert status(live, **COPIES)["notes"] == [f"{never}: hostctl backup verify factory"]
+
+    record = "/var/lib/homelab/clusters/factory.json"
+    seen = {"at": utc(live.machine.now()), "taken": "2026-11-21T00:00:01Z", "recovery_seconds": 7}
+    content = {**json.loads(live.machine.read(record)), "verified": {"nas": {"skillai": seen}}}
+    live.machine.write_atomic(record, json.dumps(content).encode(), 0o644)
+    seen_now = status(live, **COPIES)
+    assert (seen_now["notes"], seen_now["verified"]) == ([], {"nas": {"skillai": seen}})
+    live.machine.sleep(9 * 86400)
+    (note,) = status(live, **COPIES)["notes"]
+    assert "the copy of skillai at nas was verified 9 days ago, allowed are 8 days" in note
+
+    up(live)
+    assert not live.machine.exists(f"{SYSTEMD}/homelab-factory-verify.timer")
 
 
 # systemd
@@ -494,3 +529,30 @@ def test_an_init_that_is_named_is_not_looked_for(live: Host) -> None:
     assert json.loads(live.machine.read("/var/lib/homelab/clusters/factory.json"))["units"][
         "init"
     ] == ("nixos")
+
+
+# Watching
+
+
+def test_a_watched_cluster_has_a_timer_whose_service_takes_the_recorded_spec(live: Host) -> None:
+    up(live, watch="hourly", watching=WATCHING)
+    assert live.machine.read(f"{SYSTEMD}/homelab-factory-watch.timer").count(b"OnCalendar=hourly")
+    service = live.machine.read(f"{SYSTEMD}/homelab-factory-watch.service").decode()
+    assert "ExecStart=/var/lib/homelab/hostctl watch run factory\n" in service
+    assert live("watch run factory")["checks"]["api"]["state"] == "passed"
+    up(live)
+    assert not live.machine.exists(f"{SYSTEMD}/homelab-factory-watch.timer")
+
+
+def test_on_truenas_a_watched_cluster_has_a_cron_job(truenas: Host) -> None:
+    up(truenas, watch="hourly", watching=WATCHING)
+    (job,) = [one for one in middleware(truenas)["cronjob"] if "watch" in one["description"]]
+    assert job["command"] == f"{UNITS['hostctl']} watch run factory"
+    seen = status(truenas, watch="hourly", watching=WATCHING)
+    assert seen["units"]["homelab factory watch"] == {"installed": "current"}
+
+
+def test_what_is_watched_is_checked_before_anything_is_installed(live: Host) -> None:
+    refused = live("units install", UNITS | {"watch": "hourly", "watching": {"routes": ["a b"]}}, 2)
+    assert "watching: " in refused["cause"]
+    assert "routes[0]" in refused["cause"]

@@ -294,12 +294,37 @@ def test_a_node_taken_out_is_forgotten_before_it_is_uninstalled(run: Any) -> Non
     assert "delete" not in registered["Command", "uncordon k3s-master"].inputs
 
 
-def test_the_first_server_is_deleted_only_where_the_clusters_name_was_typed(run: Any) -> None:
+def test_nodes_are_uninstalled_only_where_the_clusters_name_was_typed(run: Any) -> None:
     registered, _ = run()
-    assert registered["Command", "k3s-master"].protect
+    guard = registered["Command", "kubeconfig file"]
+    assert guard.protect
+    # A destroy goes against the order of dependence: it meets the guard before any node.
+    behind, found = [guard], set()
+    while behind:
+        new = behind.pop().depends_on - found
+        found |= new
+        behind += [registered[key] for key in new]
+    assert found >= {("Command", name) for name in ("k3s-master", "k3s-worker-1")}
+    # A single agent may be taken out of the settings.
     assert not registered["Command", "k3s-worker-1"].protect
     registered, _ = run(stack(delete="tower"))
+    assert not registered["Command", "kubeconfig file"].protect
     assert not registered["Command", "k3s-master"].protect
+
+
+def test_logins_by_openid_are_the_servers_arguments_with_a_prefix(run: Any) -> None:
+    provider = {"issuer": "https://keycloak.example.org/realms/home", "clientId": "kubernetes"}
+    registered, _ = run(stack(api={"oidc": provider}))
+    arguments = spec_of(registered, "k3s-master")["config"]["kube-apiserver-arg"]
+    assert [one for one in arguments if one.startswith("oidc-")] == [
+        "oidc-issuer-url=https://keycloak.example.org/realms/home",
+        "oidc-client-id=kubernetes",
+        "oidc-username-claim=sub",
+        "oidc-username-prefix=oidc:",
+        "oidc-groups-claim=groups",
+        "oidc-groups-prefix=oidc:",
+    ]
+    assert "kube-apiserver-arg" not in spec_of(registered, "k3s-worker-1")["config"]
 
 
 def test_an_upgrade_copies_the_datastore_first_and_changes_every_node(run: Any) -> None:

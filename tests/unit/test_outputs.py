@@ -19,6 +19,9 @@ ARGOCD = homelab.ArgoCD(
     repository="https://git.example.org/gitops", ref="main", commit="1" * 40, url=None
 )
 TUNNEL = homelab.Tunnel(id="1", name="factory", connector="cluster", public=[])
+RESTORE = homelab.VerifiedRestore(
+    at="2026-11-21T03:00:00Z", taken="2026-11-21T00:00:01Z", recoverySeconds=7.5
+)
 KUBECONFIG = "apiVersion: v1"
 
 WHOLE = {
@@ -31,10 +34,12 @@ WHOLE = {
     "argocd": ARGOCD,
     "tunnels": {"factory": TUNNEL},
     "urls": {"argocd.example.org": "https://argocd.example.org"},
+    "backups": {"offsite": {"keycloak": RESTORE}},
 }
 
-# A stack without Argo CD; one that was last brought up before its cluster was accepted.
-MAY_LACK = ("argocd", "acceptance")
+# A stack without Argo CD; one that was last brought up before its cluster was accepted; one whose
+# backups were not restored yet.
+MAY_LACK = ("argocd", "acceptance", "backups")
 
 
 @pytest.fixture

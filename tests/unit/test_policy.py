@@ -54,13 +54,22 @@ def violations(rule: rules.Rule, *args: Any, **more: Any) -> list[str]:
 
 
 def container(**more: Any) -> Props:
-    context = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    context = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
     return {"name": "app", "image": "example/app:1.2.3", "securityContext": context, **more}
 
 
 def pod(*containers: Props, **more: Any) -> Props:
-    context = {"runAsNonRoot": True, "runAsUser": 65532}
-    return {"securityContext": context, "containers": [*(containers or [container()])], **more}
+    context = {
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    given = {"securityContext": context, "automountServiceAccountToken": False}
+    return {**given, "containers": [*(containers or [container()])], **more}
 
 
 def deployment(*containers: Props, **more: Any) -> Props:
@@ -111,6 +120,7 @@ class TestEveryWorkload:
         assert len(violations(rules.images_are_pinned, kind, props)) == 2
         assert len(violations(rules.workloads_are_unprivileged, kind, props)) == 1 + 2 * 2
         assert len(violations(rules.containers_do_not_run_as_root, kind, props)) == 2
+        assert len(violations(rules.pods_are_restricted, kind, props)) == 1 + 2 * 3
         assert len(violations(rules.secrets_are_not_in_the_clear, kind, props)) == 2
 
 
@@ -379,7 +389,7 @@ def test_a_namespace_says_its_pod_security_and_that_is_only_advice() -> None:
 
 def test_every_guard_is_in_the_pack_under_a_name_of_its_own() -> None:
     names = [policy.name for policy in rules.POLICIES]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 10
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)+", name) for name in names)
 
 

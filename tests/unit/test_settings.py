@@ -85,7 +85,10 @@ class TestFixtures:
     @pytest.mark.parametrize("file", fixtures("valid"))
     def test_valid_settings_survive_being_written_out(self, file: Path) -> None:
         parsed = parse(config_of(file.read_text()))
-        assert parse(parsed.model_dump(by_alias=True, exclude_none=True)) == parsed
+        # What only k3d's hosts do is not to be written down for others.
+        left_out = set() if parsed.cluster.kind == "k3d" else {"cleaning", "backups"}
+        written = parsed.model_dump(by_alias=True, exclude_none=True, exclude=left_out)
+        assert parse(written) == parsed
 
     @pytest.mark.parametrize("file", fixtures("invalid"))
     def test_invalid_settings_are_refused_with_exactly_the_expected_problems(
@@ -754,4 +757,5 @@ def test_secrets_are_the_only_leaves_that_hide_their_value() -> None:
         "settings.tailscale.auth_key.value",
         "settings.tailscale.operator.client_id",
         "settings.tailscale.operator.client_secret",
+        "settings.watching.webhook.url",
     }

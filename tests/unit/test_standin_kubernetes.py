@@ -18,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from components import versions
 from rehearsal.core import UNKNOWN, Failure, InitFailed, Request, Secret, Unimplemented, plain
 from rehearsal.providers import kubernetes
 from rehearsal.providers.kubernetes import Kubernetes
@@ -797,6 +798,32 @@ def test_a_value_that_the_charts_schema_does_not_know_is_refused(charts: Kuberne
     ((path, text),) = charts.check(asked).failures
     assert path == "values"
     assert "Additional property initContainers is not allowed" in text
+
+
+@pytest.mark.parametrize(
+    ("chart", "values", "wrong"),
+    [
+        (versions.LONGHORN, {"persistence": {"defaultClas": False}}, "persistence: defaultClas"),
+        (versions.LONGHORN, {"service": {"ui": {"typ": "x"}}}, "service.ui: typ"),
+        (versions.CSI_DRIVER_NFS, {"storageClass": {"enabled": False}}, "storageClass: enabled"),
+        (versions.ROOK_CEPH, {"operator": {}}, "(root): operator"),
+        (versions.METALLB, {"speaker": {"toleratesMaster": True}}, "speaker: toleratesMaster"),
+        (versions.METALLB, {"frr-k8s": {"enabled": False}}, "(root): frr-k8s"),
+        (versions.TRAEFIK, {"service": {"enable": False}}, "service: enable"),
+        (versions.TRAEFIK, {"initContainers": []}, "(root): initContainers"),
+        (versions.CALICO, {"installation": {"flexVolume": "None"}}, "installation: flexVolume"),
+        (versions.CALICO, {"whisker": False}, "(root): whisker"),
+    ],
+)
+def test_a_mistyped_value_of_a_pinned_chart_is_refused(
+    charts: Kubernetes, chart: versions.Chart, values: dict[str, Any], wrong: str
+) -> None:
+    wanted = {"chart": chart.name, "version": chart.version, "values": values}
+    wanted |= {"repositoryOpts": {"repo": chart.repository}, "namespace": "default"}
+    ((path, text),) = charts.check(request("helm.sh/v3:Release", news=wanted)).failures
+    assert path == "values"
+    where, _, key = wrong.partition(": ")
+    assert text.endswith(f"- {where}: Additional property {key} is not allowed")
 
 
 # MetalLB, as the API server's clients see it

@@ -333,6 +333,39 @@ def test_a_class_of_somebody_else_that_is_marked_as_default_is_refused() -> None
     assert "--disable=local-storage" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("others", "own", "refused"),
+    [
+        ("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", False),
+        ("2026-01-03T00:00:00Z", "2026-01-02T00:00:00Z", True),
+        # Of the same second the first by name.
+        ("2026-01-02T00:00:00Z", "2026-01-02T00:00:00Z", True),
+    ],
+)
+def test_without_tiers_the_class_of_the_stack_is_the_one_that_claims_get(
+    others: str, own: str, refused: bool
+) -> None:
+    classes = {
+        "local-path": {**existing(True, ""), "created": others},
+        # Its mark is not there yet, and will be.
+        "local-retain": {**existing(False, ""), "created": own},
+    }
+    p510 = settings.Settings.model_validate({"cluster": {"image": versions.K3S}})
+    asked = live.check_classes(p510.storage, "factory", None, p510.storage_class)
+    if not refused:
+        return inspected(classes).read(asked)
+    with pytest.raises(HostError) as refusal:
+        inspected(classes).read(asked)
+    assert "get local-path, which is newer than local-retain" in str(refusal.value)
+    assert "kubectl delete storageclass local-retain" in str(refusal.value)
+
+
+def test_a_class_that_is_to_be_made_will_be_the_newest() -> None:
+    p510 = settings.Settings.model_validate({"cluster": {"image": versions.K3S}})
+    there = {"local-path": {**existing(True, ""), "created": "2026-01-01T00:00:00Z"}}
+    inspected(there).read(live.check_classes(p510.storage, "f", None, p510.storage_class))
+
+
 def test_the_default_may_move_from_one_of_our_classes_to_another() -> None:
     live_classes = {"longhorn-ssd": existing(), "nfs-bulk": existing(default=True)}
     inspected(live_classes).read(live.check_classes(stack().storage, "tower", "text"))

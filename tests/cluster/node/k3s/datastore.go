@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
@@ -81,27 +83,51 @@ func (s *server) startDatastore(ctx context.Context, running *processes) ([]stri
 	if s.several() {
 		return s.startEtcd(ctx, running)
 	}
+	if err := s.startKine(ctx, running); err != nil {
+		return nil, err
+	}
+	return []string{"--etcd-servers=unix://" + filepath.Join(s.dir, "kine.sock")}, nil
+}
+
+// startKine starts SQLite behind kine and waits for it.
+func (s *server) startKine(ctx context.Context, running *processes) error {
 	database := filepath.Join(s.dir, "db", "state.db")
 	if err := os.MkdirAll(filepath.Dir(database), 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	socket := filepath.Join(s.dir, "kine.sock")
 	os.Remove(socket)
 	settings := "?_journal=WAL&cache=shared&_busy_timeout=30000&_txlock=immediate"
 	if err := running.start("kine", "--endpoint=sqlite://"+database+settings,
 		"--listen-address=unix://"+socket, "--metrics-bind-address=0"); err != nil {
-		return nil, err
+		return err
 	}
 	for !exists(socket) {
 		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return []string{"--etcd-servers=unix://" + socket}, nil
+	return nil
 }
 
 func (s *server) startEtcd(ctx context.Context, running *processes) ([]string, error) {
 	data := filepath.Join(s.dir, "db", "etcd")
+	if exists(filepath.Join(data, tombstone)) {
+		if s.url == "" {
+			return nil, errors.New("tombstone file has been detected but --server is empty")
+		}
+		say("info", "tombstone file has been detected, removing data dir to rejoin the cluster")
+		if err := os.RemoveAll(data); err != nil {
+			return nil, err
+		}
+	}
+	var migrated map[string][]byte
+	if s.url == "" && !s.clusterReset && !exists(filepath.Join(data, "member")) {
+		var err error
+		if migrated, err = s.readSQLite(ctx); err != nil {
+			return nil, err
+		}
+	}
 	name := s.nodeName
 	peer := "https://" + s.address + ":2380"
 	cluster, state := name+"="+peer, "new"
@@ -129,7 +155,7 @@ func (s *server) startEtcd(ctx context.Context, running *processes) ([]string, e
 		"--peer-cert-file=" + t + "peer-server-client.crt", "--peer-key-file=" + t + "peer-server-client.key",
 		"--peer-client-cert-auth", "--peer-trusted-ca-file=" + t + "peer-ca.crt",
 	}
-	if err := running.start("etcd", append(arguments, dashed(s.etcdArgs)...)...); err != nil {
+	if err := running.startInto(epitaph{data}, "etcd", append(arguments, dashed(s.etcdArgs)...)...); err != nil {
 		return nil, err
 	}
 	client, err := s.etcd("https://127.0.0.1:2379")
@@ -152,10 +178,40 @@ func (s *server) startEtcd(ctx context.Context, running *processes) ([]string, e
 			return nil, err
 		}
 	}
+	if migrated != nil {
+		if err := writeAll(ctx, client, migrated); err != nil {
+			return nil, err
+		}
+		database := filepath.Join(s.dir, "db", "state.db")
+		if err := os.Rename(database, database+".migrated"); err != nil {
+			return nil, err
+		}
+	}
+	if !s.clusterReset {
+		if err := s.checkSeal(ctx, client); err != nil {
+			return nil, err
+		}
+	}
 	return []string{
 		"--etcd-servers=https://127.0.0.1:2379", "--etcd-cafile=" + t + "server-ca.crt",
 		"--etcd-certfile=" + t + "server-client.crt", "--etcd-keyfile=" + t + "server-client.key",
 	}, nil
+}
+
+// tombstone is in the data of a member that the others have removed. A k3s that is started after that
+// joins anew, if it was told whom (k3s issues 2527, 4023, 13623).
+const tombstone = "tombstone"
+
+// epitaph passes on what etcd says, and writes the tombstone.
+type epitaph struct{ data string }
+
+func (e epitaph) Write(text []byte) (int, error) {
+	if bytes.Contains(text, []byte("the member has been permanently removed from the cluster")) {
+		if err := os.WriteFile(filepath.Join(e.data, tombstone), nil, 0o600); err != nil {
+			return 0, err
+		}
+	}
+	return os.Stderr.Write(text)
 }
 
 // addMember makes this node known to the others; the answer is the list of all as NAME=URL, with an

@@ -31,10 +31,12 @@ func (l *lines) Set(value string) error {
 // options are the arguments of `k3s server` and `k3s agent` that the stand-in acts on.
 type options struct {
 	dataDir, token, url, kubeconfig, kubeconfigMode string
+	tokenFile, restorePath                          string
 	nodeName, nodeIP, resolvConf                    string
 	clusterCIDR, serviceCIDR, clusterDNS, nodePorts string
 	clusterDomain                                   string
 	clusterInit, encryptSecrets, disableAgent       bool
+	clusterReset                                    bool
 	disable, tlsSANs                                words
 	apiserverArgs, controllerArgs, schedulerArgs    lines
 	etcdArgs, nodeLabels, nodeTaints                lines
@@ -42,7 +44,7 @@ type options struct {
 
 // Flags that k3s v1.31 knows and that change nothing here (docs.k3s.io/cli/server, .../agent).
 var (
-	agentWords = `config log vmodule v token-file node-external-ip node-internal-dns node-external-dns
+	agentWords = `log vmodule v node-external-ip node-internal-dns node-external-dns
 		image-credential-provider-bin-dir image-credential-provider-config lb-server-port
 		container-runtime-endpoint default-runtime image-service-endpoint pause-image snapshotter
 		private-registry airgap-extra-registry flannel-iface flannel-conf flannel-cni-conf vpn-auth
@@ -52,13 +54,13 @@ var (
 	agentOnlySwitches = `disable-apiserver-lb enable-pprof`
 	serverWords       = `bind-address https-listen-port advertise-address advertise-port flannel-backend
 		egress-selector-mode servicelb-namespace write-kubeconfig-group helm-job-image agent-token
-		agent-token-file cluster-reset-restore-path kube-cloud-controller-manager-arg
+		agent-token-file kube-cloud-controller-manager-arg
 		datastore-endpoint datastore-cafile datastore-certfile datastore-keyfile etcd-snapshot-name
 		etcd-snapshot-schedule-cron etcd-snapshot-retention etcd-snapshot-dir etcd-s3-endpoint
 		etcd-s3-endpoint-ca etcd-s3-access-key etcd-s3-secret-key etcd-s3-session-token etcd-s3-bucket
 		etcd-s3-region etcd-s3-folder etcd-s3-proxy etcd-s3-config-secret etcd-s3-timeout
 		default-local-storage-path system-default-registry kube-cloud-controller-arg`
-	serverSwitches = `tls-san-security flannel-ipv6-masq flannel-external-ip cluster-reset
+	serverSwitches = `tls-san-security flannel-ipv6-masq flannel-external-ip
 		etcd-expose-metrics etcd-disable-snapshots etcd-snapshot-compress etcd-s3
 		etcd-s3-skip-ssl-verify etcd-s3-insecure disable-scheduler disable-cloud-controller
 		disable-kube-proxy disable-network-policy disable-helm-controller disable-apiserver
@@ -78,6 +80,7 @@ func parse(role string, arguments []string) (*options, error) {
 	}
 	word(&o.dataDir, "/var/lib/rancher/k3s", "data-dir", "d")
 	word(&o.token, os.Getenv("K3S_TOKEN"), "token", "t")
+	word(&o.tokenFile, "", "token-file")
 	word(&o.url, os.Getenv("K3S_URL"), "server", "s")
 	word(&o.nodeName, os.Getenv("K3S_NODE_NAME"), "node-name")
 	word(&o.nodeIP, "", "node-ip", "i")
@@ -98,6 +101,8 @@ func parse(role string, arguments []string) (*options, error) {
 		word(&o.clusterDNS, "", "cluster-dns")
 		word(&o.clusterDomain, "cluster.local", "cluster-domain")
 		set.BoolVar(&o.clusterInit, "cluster-init", os.Getenv("K3S_CLUSTER_INIT") == "true", "")
+		word(&o.restorePath, "", "cluster-reset-restore-path")
+		set.BoolVar(&o.clusterReset, "cluster-reset", false, "")
 		set.BoolVar(&o.encryptSecrets, "secrets-encryption", false, "")
 		set.BoolVar(&o.disableAgent, "disable-agent", false, "")
 		set.Var(&o.disable, "disable", "")
@@ -114,8 +119,15 @@ func parse(role string, arguments []string) (*options, error) {
 	for _, name := range strings.Fields(ignoredSwitches) {
 		set.Bool(name, false, "")
 	}
+	arguments, err := configured(arguments)
+	if err != nil {
+		return nil, err
+	}
 	if err := set.Parse(arguments); err != nil {
 		return nil, err
+	}
+	if o.token == "" && o.tokenFile != "" {
+		o.token = strings.TrimSpace(string(mustRead(o.tokenFile)))
 	}
 	if set.NArg() > 0 {
 		return nil, fmt.Errorf("k3s %s takes no operands: %s", role, strings.Join(set.Args(), " "))

@@ -25,7 +25,7 @@ const (
 func main() {
 	arguments := os.Args[1:]
 	name := filepath.Base(os.Args[0])
-	if name == "k3s" && len(arguments) > 0 {
+	if tool := name == "kubectl" || name == "crictl" || name == "ctr"; !tool && len(arguments) > 0 {
 		name, arguments = arguments[0], arguments[1:]
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -36,6 +36,8 @@ func main() {
 		err = runServer(ctx, arguments)
 	case "agent":
 		err = runAgent(ctx, arguments)
+	case "etcd-snapshot":
+		err = etcdSnapshot(ctx, arguments)
 	case "kubectl":
 		err = kubectl(arguments)
 	case "crictl":
@@ -49,8 +51,7 @@ func main() {
 	case podCommand:
 		err = insidePod(arguments)
 	case "--version", "-v":
-		version, _ := os.ReadFile(versionInNode)
-		fmt.Printf("k3s version %s (stand-in)\n", version)
+		fmt.Printf("k3s version %s (stand-in)\n", version())
 	default:
 		err = fmt.Errorf("No help topic for %q", name)
 	}

@@ -64,7 +64,7 @@ func (n *node) run(ctx context.Context, running *processes) error {
 	}
 	say("info", "Successfully registered node %s", n.name)
 	file := "/var/lib/kwok/stages.yaml"
-	text := strings.ReplaceAll(stages, "K3S_VERSION", string(mustRead(versionInNode)))
+	text := strings.ReplaceAll(stages, "K3S_VERSION", version())
 	if err := write(file, text, 0o644); err != nil {
 		return err
 	}
@@ -107,7 +107,10 @@ func (n *node) register(ctx context.Context, client kubernetes.Interface) error 
 	}
 	for {
 		_, err := client.CoreV1().Nodes().Create(ctx, one, metav1.CreateOptions{})
-		if err == nil || apierrors.IsAlreadyExists(err) {
+		if apierrors.IsAlreadyExists(err) {
+			err = n.sayVersion(ctx, client)
+		}
+		if err == nil {
 			return nil
 		}
 		say("error", "Waiting for the node to be registered: %v", err)
@@ -115,6 +118,17 @@ func (n *node) register(ctx context.Context, client kubernetes.Interface) error 
 			return err
 		}
 	}
+}
+
+// sayVersion tells a cluster that knows the node which version it is of now.
+func (n *node) sayVersion(ctx context.Context, client kubernetes.Interface) error {
+	one, err := client.CoreV1().Nodes().Get(ctx, n.name, metav1.GetOptions{})
+	if err != nil {
+		return err
+	}
+	one.Status.NodeInfo.KubeletVersion = version()
+	_, err = client.CoreV1().Nodes().UpdateStatus(ctx, one, metav1.UpdateOptions{})
+	return err
 }
 
 // startDNS runs CoreDNS at the cluster's DNS address, on this node for this node's pods.

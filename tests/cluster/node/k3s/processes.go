@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,8 +26,12 @@ func newProcesses() *processes { return &processes{ended: make(chan error, 16)} 
 
 // start runs a component, whose output goes where the node's own goes.
 func (p *processes) start(name string, arguments ...string) error {
+	return p.startInto(os.Stderr, name, arguments...)
+}
+
+func (p *processes) startInto(output io.Writer, name string, arguments ...string) error {
 	command := exec.Command(components+name, arguments...)
-	command.Stdout, command.Stderr = os.Stderr, os.Stderr
+	command.Stdout, command.Stderr = output, output
 	// A component never outlives a k3s that was killed.
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := command.Start(); err != nil {

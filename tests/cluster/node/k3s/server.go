@@ -23,6 +23,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -32,6 +33,7 @@ type server struct {
 	dir, tls, address, apiAddress string
 	authorities                   map[string]*authority
 	opening                       opening
+	lock                          sync.Mutex // of token, which may be rotated
 }
 
 // The files that every server of a cluster has alike, below the server's directory.
@@ -61,6 +63,9 @@ func runServer(ctx context.Context, arguments []string) error {
 	if err := s.prepare(ctx); err != nil {
 		return err
 	}
+	if s.clusterReset {
+		return s.reset(ctx)
+	}
 	return supervise(ctx, s.bringUp)
 }
 
@@ -68,6 +73,9 @@ func runServer(ctx context.Context, arguments []string) error {
 func (s *server) prepare(ctx context.Context) error {
 	if s.token == "" {
 		s.token = rememberedToken(s.dir)
+	}
+	if _, password, found := strings.Cut(s.token, "::server:"); found {
+		s.token = password
 	}
 	if s.url != "" && !exists(filepath.Join(s.tls, "server-ca.crt")) {
 		if err := join(ctx, s.url, s.token, "server", s.dir); err != nil {
@@ -99,12 +107,16 @@ func (s *server) prepare(ctx context.Context) error {
 	if err := s.writeEncryption(); err != nil {
 		return err
 	}
-	digest := sha256.Sum256(mustRead(filepath.Join(s.tls, "server-ca.crt")))
-	token := fmt.Sprintf("K10%s::server:%s\n", hex.EncodeToString(digest[:]), s.token)
-	if err := write(filepath.Join(s.dir, "token"), token, 0o600); err != nil {
+	if err := s.writeToken(); err != nil {
 		return err
 	}
 	return s.writeKubeconfigs()
+}
+
+func (s *server) writeToken() error {
+	digest := sha256.Sum256(mustRead(filepath.Join(s.tls, "server-ca.crt")))
+	token := fmt.Sprintf("K10%s::server:%s\n", hex.EncodeToString(digest[:]), s.token)
+	return write(filepath.Join(s.dir, "token"), token, 0o600)
 }
 
 func (s *server) issueCertificates() error {
@@ -239,6 +251,9 @@ func (s *server) bringUp(ctx context.Context, running *processes) error {
 	if err := s.waitReady(ctx); err != nil {
 		return err
 	}
+	if s.several() {
+		go s.forgetMembers(ctx)
+	}
 	controller := []string{
 		"--kubeconfig=" + s.dir + "/cred/controller.kubeconfig",
 		"--authentication-kubeconfig=" + s.dir + "/cred/controller.kubeconfig",
@@ -267,6 +282,9 @@ func (s *server) bringUp(ctx context.Context, running *processes) error {
 		return err
 	}
 	say("info", "k3s is up and running")
+	if err := ready(); err != nil {
+		return err
+	}
 	if s.disableAgent {
 		return nil
 	}
@@ -357,7 +375,7 @@ func serveJoining(ctx context.Context, s *server) {
 	mux := http.NewServeMux()
 	hand := func(path string, files map[string]string) {
 		mux.HandleFunc("GET /"+path, func(w http.ResponseWriter, r *http.Request) {
-			if _, token, _ := r.BasicAuth(); token != s.token {
+			if !s.knows(r) {
 				http.Error(w, "not authorized", http.StatusUnauthorized)
 				return
 			}
@@ -379,6 +397,7 @@ func serveJoining(ctx context.Context, s *server) {
 		"server-ca.crt": s.tls + "/server-ca.crt", "client.crt": s.tls + "/client-admin.crt",
 		"client.key": s.tls + "/client-admin.key",
 	})
+	mux.HandleFunc("PUT /v1-k3s/token", s.rotate)
 	listener := &http.Server{Addr: ":" + joinPort, Handler: mux}
 	go func() {
 		<-ctx.Done()

@@ -1,0 +1,1 @@
+"""The platform of a stack as a picture, drawn from what its settings declare: `make diagram`."""

@@ -1,0 +1,334 @@
+"""Verbs: watching: whether all works, told as metrics, as a page and by a webhook."""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import html
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hostctl.acceptance import ACCEPT_SPEC, Answer, resolves
+from hostctl.certificates import DAY_SECONDS, EXPIRES_SOON_DAYS, certificates_of
+from hostctl.cluster import Cluster, look, parse_json
+from hostctl.cluster_backup import utc
+from hostctl.machine import STATE_DIRECTORY, Machine
+from hostctl.preflight import ROOM_BYTES
+from hostctl.protocol import Failure, Result, say
+from hostctl.record import read_record
+from hostctl.spec import (
+    CLUSTER_NAME,
+    CONTAINER_NAME,
+    DNS_LABEL,
+    EXTERNAL_NAME,
+    Items,
+    Value,
+    absolute_path,
+    boolean,
+    checked,
+    one_of,
+    or_null,
+)
+from hostctl.tools import attempt
+from hostctl.waiting import ready, size_text
+from hostctl.workloads import run_kubectl
+
+WATCH_SPEC: dict[str, Any] = {
+    "cluster": Value(CLUSTER_NAME),
+    "storage_dir": Value(absolute_path),
+    "dns": {key: ACCEPT_SPEC["acceptance"][key] for key in ("name", "image")},
+    "argocd": Value(boolean, False),
+    # Public host names, asked for over HTTPS.
+    "routes": Items(Value(EXTERNAL_NAME), []),
+    # A directory that node_exporter's textfile collector reads.
+    "metrics": Value(or_null(absolute_path), None),
+    "webhook": Value(or_null(one_of("ntfy", "slack", "generic")), None),
+    # The file that holds its URL, which is a secret.
+    "webhook_file": Value(or_null(absolute_path), None),
+}
+LOOK_SPEC: dict[str, Any] = {
+    "cluster": Value(CLUSTER_NAME),
+    "kubeconfig": Value(absolute_path),
+    "namespaces": Items(Value(DNS_LABEL), []),
+    "containers": Items(Value(CONTAINER_NAME), []),
+    "directories": Items(Value(absolute_path), []),
+}
+_UNSEEN = "the API does not answer, which is told on its own"
+
+
+def watch_run(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Looks once at all that must work: the API through its published port, a name from a pod, each
+    route from outside, ArgoCD's applications, certificates, room, backups. Keeps a report, a page
+    and metrics, and sends one message when something turned bad or good again.
+
+    What fails is a result and no failure of the verb. What cannot be told is neither bad nor good,
+    and is told by nobody. A message that could not be sent is sent by the next run.
+    """
+    wanted = checked(spec, WATCH_SPEC, "watch run")
+    name = wanted["cluster"]
+    with machine.lock(f"watch-{name}"):
+        former = _report(machine, name) or {"checks": {}, "told": []}
+        numbers: dict[str, float] = {}
+        answers = dict(_checks(machine, wanted, numbers))
+        now = utc(machine.now())
+        told, trouble = _tell_changes(machine, wanted, answers, set(former["told"]))
+        if wanted["webhook"]:
+            remedy = f"correct the URL in {wanted['webhook_file']} (homelab:watching.webhook)"
+            answers["webhook"] = (
+                Answer("failed", trouble, remedy) if trouble else Answer("passed", "", "")
+            )
+        checks = {}
+        for key, answer in answers.items():
+            before = former["checks"].get(key, {})
+            since = before["since"] if before.get("state") == answer.state else now
+            checks[key] = {**answer._asdict(), "since": since}
+        report = {"at": now, "checks": checks, "told": sorted(told)}
+        base = f"{STATE_DIRECTORY}/watch/{name}"
+        machine.make_directory(os.path.dirname(base), 0o755)
+        machine.write_atomic(f"{base}.json", json.dumps(report, indent=1).encode(), 0o644)
+        machine.write_atomic(f"{base}.html", _page(name, report).encode(), 0o644)
+        if wanted["metrics"]:
+            machine.make_directory(wanted["metrics"], 0o755)
+            path = f"{wanted['metrics']}/homelab-{name}.prom"
+            numbers["watch_time_seconds"] = machine.now()
+            machine.write_atomic(path, _metrics(name, checks, numbers).encode(), 0o644)
+    for key, one in checks.items():
+        say(f"{key}: {one['state']}: {one['detail']}")
+    return report
+
+
+def watch_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
+    """Says what was last seen by `watch run`, and what is there of Secrets (names by namespace),
+    containers (their states) and room (bytes by directory). null is what cannot be told."""
+    wanted = checked(spec, LOOK_SPEC, "watch inspect")
+    unseen: list[str] = []
+    secrets: dict[str, list[str] | None] = {}
+    for namespace in wanted["namespaces"]:
+        secrets[namespace] = None
+        arguments = ["get", "secrets", f"--namespace={namespace}", "--output=name"]
+        step = f"listing the Secrets of {namespace}"
+        try:
+            ran = run_kubectl(machine, wanted["kubeconfig"], arguments, step)
+        except Failure as failure:
+            # The next namespace would wait as long for the same.
+            unseen.append(f"Secrets: {failure.cause}")
+            break
+        if ran.code:
+            unseen.append(f"{step}: {ran.complaint}")
+            continue
+        secrets[namespace] = [line.partition("/")[2] for line in ran.text.split()]
+    containers: dict[str, str | None] = {}
+    for container in wanted["containers"]:
+        step = f"looking at container {container}"
+        ran = attempt(machine, ["docker", "inspect", "--type", "container", container], step)
+        containers[container] = None
+        if not ran.code:
+            containers[container] = parse_json(ran.out, step)[0]["State"]["Status"]
+        elif "no such container" in ran.complaint.lower():
+            containers[container] = "absent"
+        else:
+            unseen.append(f"container {container}: {ran.complaint}")
+    room: dict[str, int | None] = {}
+    for directory in wanted["directories"]:
+        room[directory] = None
+        try:
+            room[directory] = machine.free_bytes(directory)
+        except OSError as error:
+            unseen.append(f"room of {directory}: {error.strerror or error}")
+    report = _report(machine, wanted["cluster"])
+    seen: Result = {"report": report, "secrets": secrets, "containers": containers, "room": room}
+    return {**seen, "unseen": unseen}
+
+
+def _report(machine: Machine, name: str) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(machine.read(f"{STATE_DIRECTORY}/watch/{name}.json"))
+    return None
+
+
+def _checks(
+    machine: Machine, wanted: Mapping[str, Any], numbers: dict[str, float]
+) -> Iterator[tuple[str, Answer]]:
+    name = wanted["cluster"]
+    remedy = f"hostctl k3d doctor {name}"
+    cluster, credentials = None, None
+    try:
+        cluster = look(machine, name)
+        if cluster.state == "absent":
+            why = "the cluster does not exist"
+        else:
+            credentials, why = ready(machine, cluster)
+    except Failure as failure:
+        why, remedy = f"{failure.step}: {failure.cause}", failure.remedy
+    if cluster and credentials:
+        yield "api", Answer("passed", "it answers through its published port", "")
+        dns = wanted["dns"]
+        with machine.lock(f"acceptance-{name}"):
+            yield "dns", resolves(machine, cluster, dns["name"], dns["image"])
+        yield from _certificates(machine, cluster, credentials, numbers)
+        if wanted["argocd"]:
+            yield "argocd", _applications(machine, cluster)
+    else:
+        yield "api", Answer("failed", why, remedy)
+        for key in ("dns", *(["argocd"] if wanted["argocd"] else [])):
+            yield key, Answer("cannot-tell", _UNSEEN, remedy)
+    for hostname in wanted["routes"]:
+        yield f"route {hostname}", _route(machine, hostname)
+    for directory in dict.fromkeys((wanted["storage_dir"], STATE_DIRECTORY)):
+        yield f"room {directory}", _room(machine, name, directory, numbers)
+    record = read_record(machine, name)
+    for job in ("backup", "verify"):
+        run = (record.get("runs") or {}).get(job)
+        if run:
+            again = f"hostctl backup {'run' if job == 'backup' else job} {name}"
+            state = "passed" if run["ok"] else "failed"
+            yield job, Answer(state, run["cause"] or f"done at {run['at']}", again)
+    for target, items in (record.get("verified") or {}).items():
+        for item, seen in items.items():
+            at = calendar.timegm(time.strptime(seen["at"], "%Y-%m-%dT%H:%M:%SZ"))
+            labels = f'{{target="{target}",item="{item}"}}'
+            numbers[f"restore_verified_time_seconds{labels}"] = at
+
+
+def _certificates(
+    machine: Machine,
+    cluster: Cluster,
+    credentials: Mapping[str, str],
+    numbers: dict[str, float],
+) -> Iterator[tuple[str, Answer]]:
+    for use, valid in certificates_of(machine, cluster, credentials)[0].items():
+        if valid is None:
+            continue
+        numbers[f'certificate_ends_time_seconds{{use="{use}"}}'] = valid.ends
+        days = (valid.ends - machine.now()) / DAY_SECONDS
+        yield (
+            f"certificate {use}",
+            Answer(
+                "passed" if days >= EXPIRES_SOON_DAYS else "failed",
+                f"it ends in {days:.0f} days" if days > 0 else "it has ended",
+                f"hostctl k3d stop {cluster.name}; hostctl k3d start {cluster.name}; pulumi up",
+            ),
+        )
+
+
+def _applications(machine: Machine, cluster: Cluster) -> Answer:
+    argv = ["docker", "exec", cluster.first.name, "kubectl", "get", "applications.argoproj.io"]
+    step = "looking at ArgoCD's applications"
+    ran = attempt(machine, [*argv, "--all-namespaces", "--output=json"], step)
+    if ran.code:
+        return Answer("cannot-tell", ran.complaint, "is ArgoCD there? pulumi up")
+    bad, count = [], 0
+    for application in parse_json(ran.out, step)["items"]:
+        count += 1
+        status = application.get("status") or {}
+        states = [(status.get(key) or {}).get("status", "Unknown") for key in ("sync", "health")]
+        # Unknown health is what an application has that nobody can judge.
+        if states[0] != "Synced" or states[1] in ("Degraded", "Missing"):
+            bad.append(f"{application['metadata']['name']} is {', '.join(states)}")
+    if bad:
+        return Answer("failed", "; ".join(bad), "argocd app get NAME says what is in the way")
+    return Answer("passed", f"all {count} are synced", "")
+
+
+def _route(machine: Machine, hostname: str) -> Answer:
+    remedy = "hostctl connector status; docker ps; Cloudflare's dashboard has the tunnel's state"
+    try:
+        status = machine.visit(f"https://{hostname}/")
+    except OSError as error:
+        return Answer("failed", f"no answer: {error}", remedy)
+    # 5xx is what the edge says of a tunnel without connector, and a connector of its origin.
+    return Answer("failed" if status >= 500 else "passed", f"HTTP {status}", remedy)
+
+
+def _room(machine: Machine, name: str, directory: str, numbers: dict[str, float]) -> Answer:
+    try:
+        free = machine.free_bytes(directory)
+    except OSError as error:
+        return Answer("cannot-tell", str(error.strerror or error), "is the disk mounted?")
+    numbers[f'free_bytes{{directory="{directory}"}}'] = free
+    remedy = f"hostctl clean {name} --dry-run; docker system df"
+    return Answer("failed" if free < ROOM_BYTES else "passed", f"{size_text(free)} left", remedy)
+
+
+# Telling
+
+
+def _tell_changes(
+    machine: Machine, wanted: Mapping[str, Any], answers: Mapping[str, Answer], told: set[str]
+) -> tuple[set[str], str]:
+    """Sends what turned bad or good since it was last told. Returns what is told to be bad now, and
+    why nothing could be sent; the URL is in no message."""
+    bad = {key for key, answer in answers.items() if answer.state == "failed"}
+    # What is watched no longer is not bad any more.
+    good = {key for key in told if key not in answers or answers[key].state == "passed"}
+    new = bad - told
+    if not wanted["webhook"] or not (new or good):
+        return told, ""
+    name = wanted["cluster"]
+    title = f"{name}: " + ", ".join(
+        f"{len(keys)} {what}" for keys, what in ((new, "bad"), (good, "good again")) if keys
+    )
+    lines = [f"bad: {key}: {answers[key].detail}. {answers[key].remedy}" for key in sorted(new)]
+    lines += [f"good again: {key}" for key in sorted(good)]
+    text = "\n".join(lines)
+    headers = {"Content-Type": "application/json"}
+    if wanted["webhook"] == "ntfy":
+        headers = {"Title": title, "Priority": "high" if new else "default"}
+        body = text
+    elif wanted["webhook"] == "slack":
+        body = json.dumps({"text": f"*{title}*\n{text}"})
+    else:
+        said = {key: answers[key]._asdict() for key in sorted(new)}
+        facts = {"cluster": name, "bad": said, "good": sorted(good)}
+        body = json.dumps({"title": title, "text": text, **facts})
+    try:
+        url = machine.read(wanted["webhook_file"]).decode("ascii").strip()
+        status = machine.visit(url, body.encode(), headers)
+    except (OSError, ValueError) as error:
+        return told, f"the message was not sent: {type(error).__name__}"
+    if status >= 300:
+        return told, f"the message was not taken: HTTP {status}"
+    return (told | new) - good, ""
+
+
+def _metrics(
+    name: str, checks: Mapping[str, Mapping[str, str]], numbers: Mapping[str, float]
+) -> str:
+    """The text of node_exporter's textfile collector."""
+    values = {"passed": "1", "failed": "0", "cannot-tell": "NaN"}
+    lines = [
+        "# HELP homelab_check 1 where it passed, 0 where it failed, NaN where it cannot be told.",
+        "# TYPE homelab_check gauge",
+    ]
+    for key, one in checks.items():
+        what = f'{{cluster="{name}",check="{key}"}}'
+        lines.append(f"homelab_check{what} {values[one['state']]}")
+    typed = set()
+    for key, number in sorted(numbers.items()):
+        metric, _, labels = key.partition("{")
+        if metric not in typed:
+            lines.append(f"# TYPE homelab_{metric} gauge")
+            typed.add(metric)
+        more = f",{labels[:-1]}" if labels else ""
+        lines.append(f'homelab_{metric}{{cluster="{name}"{more}}} {number:.0f}')
+    return "\n".join(lines) + "\n"
+
+
+def _page(name: str, report: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr class={one['state']}>"
+        + "".join(
+            f"<td>{html.escape(cell)}</td>"
+            for cell in (key, one["state"], one["since"], one["detail"], one["remedy"])
+        )
+        for key, one in report["checks"].items()
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{name}</title><style>td,th{{text-align:left;"
+        "padding:.2em 1em;vertical-align:top}.failed{background:#fbb}.cannot-tell{background:#ddd}"
+        f"</style><h1>{name}</h1><p>As seen at {report['at']}</p>"
+        f"<table><tr><th>what<th>state<th>since<th>detail<th>remedy{rows}</table>\n"
+    )

@@ -1,0 +1,146 @@
+"""hostctl backup restore, on the make-believe machine, from the backups beside the storage
+directory. Targets, with a real restic: tests/cluster/test_backups.py.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.unit.test_hostctl import Host
+from tests.unit.test_hostctl_backup import (
+    BACKUPS,
+    DATA,
+    DATABASE,
+    STORAGE,
+    VOLUME,
+    get,
+    kept,
+    live,
+    put,
+    replicas,
+    run,
+    write,
+)
+
+__all__ = ["live"]
+H2 = f"{STORAGE}/{DATA}/h2/keycloakdb.mv.db"
+
+
+def restore(host: Host, item: dict[str, Any], code: int = 0, **more: Any) -> Any:
+    spec = {"cluster": "factory", "items": [VOLUME, DATABASE], "item": item["name"]}
+    return host("backup restore", spec | more, code)
+
+
+def databases(host: Host) -> Any:
+    return host.machine.setting("databases.json", {})["factory/statefulset/skillai-db"]
+
+
+def lost(live: Host) -> None:
+    """Someone deleted the file, and nothing wrote since."""
+    live.machine.remove(H2)
+
+
+def test_a_volume_comes_back_while_its_workload_rests_and_what_was_there_is_kept(
+    live: Host,
+) -> None:
+    run(live, VOLUME)
+    lost(live)
+    write(live, f"{STORAGE}/{DATA}/left", "over")
+    done = restore(live, VOLUME, confirm="factory")
+    assert done["restored"] == f"{STORAGE}/{DATA}"
+    assert live.machine.read(H2) == b"H2"
+    assert replicas(live) == 2
+    (before,) = [name for name in live.machine.names(STORAGE) if ".before-" in name]
+    assert live.machine.read(f"{STORAGE}/{before}/left") == b"over"
+    scaled = [call for call in live.calls if "scale" in call]
+    assert [call[-1] for call in scaled[-2:]] == ["--replicas=0", "--replicas=2"]
+
+
+def test_files_that_are_newer_than_the_backups_are_not_overwritten_unless_it_is_told(
+    live: Host,
+) -> None:
+    run(live, VOLUME)
+    live.machine.sleep(60)
+    write(live, H2, "newer")
+    # Unpacked files bear the time of their original, which the make-believe tar does not keep.
+    original = live.machine.newest
+    live.machine.newest = lambda path: (  # type: ignore[method-assign]
+        0.0 if path.endswith(".restoring") else original(path)
+    )
+    error = restore(live, VOLUME, code=3)
+    assert "--confirm factory" in error["remedy"]
+    assert live.machine.read(H2) == b"newer"
+    assert live.machine.names(f"{STORAGE}/{DATA}.restoring") == []
+    assert replicas(live) == 2
+    restore(live, VOLUME, confirm="factory")
+    assert live.machine.read(H2) == b"H2"
+
+
+def test_a_volume_that_a_pod_uses_is_not_swapped(live: Host) -> None:
+    run(live, VOLUME)
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": "keycloak-data"}}]
+    put(live, "factory/Pod/job-1", {"volumes": volumes})
+    error = restore(live, VOLUME, code=3, confirm="factory")
+    assert error["cause"] == "pods use it: job-1"
+    assert get(live, "factory/Pod/job-1")
+
+
+def test_a_damaged_backup_is_not_restored(live: Host) -> None:
+    file = run(live, VOLUME)["items"]["keycloak"]["file"]
+    live.machine.write_atomic(file, b"damaged", 0o600)
+    error = restore(live, VOLUME, code=5, confirm="factory")
+    assert "the checksum of" in error["cause"]
+    assert live.machine.read(H2) == b"H2"
+
+
+def test_a_database_is_restored_beside_the_one_that_is_there_and_over_no_other(live: Host) -> None:
+    run(live, DATABASE)
+    assert restore(live, DATABASE)["restored"] == "skillai_restored"
+    assert databases(live)["skillai_restored"]["content"] == "rows"
+    error = restore(live, DATABASE, code=5)
+    assert 'database "skillai_restored" already exists' in error["cause"]
+    restore(live, DATABASE, confirm="factory")
+    assert databases(live)["skillai"]["content"] == "rows"
+
+
+def test_an_older_backup_is_chosen_by_its_time(live: Host) -> None:
+    older = run(live, DATABASE)["items"]["skillai"]["file"]
+    databases_now = {"skillai": {"content": "later", "rows": "11/0/0"}}
+    live.machine.set("databases.json", {"factory/statefulset/skillai-db": databases_now})
+    run(live, DATABASE)
+    time = older.rpartition("/")[2].removesuffix(".dump")
+    assert restore(live, DATABASE, snapshot=time)["from"] == older
+    assert databases(live)["skillai_restored"]["content"] == "rows"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cause"),
+    [
+        ({"name": "typo"}, "there is no item typo"),
+        ({"name": "keycloak", "target": "nas"}, "there is no target nas"),
+    ],
+)
+def test_what_is_not_declared_is_named_with_what_is(
+    live: Host, wanted: dict[str, Any], cause: str
+) -> None:
+    run(live, VOLUME)
+    error = restore(live, wanted, code=2, target=wanted.get("target"))
+    assert error["cause"] == cause
+    assert "declared are: " in error["remedy"]
+
+
+def test_nothing_to_restore_is_said_with_where_it_was_looked_for(live: Host) -> None:
+    run(live, VOLUME)
+    error = restore(live, DATABASE, code=3)
+    assert f"no such backup in {BACKUPS}/skillai" in error["cause"]
+    assert kept(live, "keycloak")
+
+
+def test_without_restic_on_the_host_the_remedy_says_where_to_get_it(live: Host) -> None:
+    live.machine.set("missing-tools.json", ["restic"])
+    target = {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_last": 1}
+    spec = {"cluster": "factory", "keep": 3, "items": [VOLUME], "targets": [target]}
+    error = live("backup run", spec, 6)
+    assert "target nas: restic is not on PATH" in error["cause"]
+    assert "install restic 0.17 or newer" in error["remedy"]
+    assert len(kept(live, "keycloak")) == 2
