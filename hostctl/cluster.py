@@ -147,11 +147,12 @@ def container_facts(machine: Machine, container: str, step: str) -> dict[str, An
     raise Failure("cannot-tell", step, seen.complaint, tool_remedy("docker", seen))
 
 
-def parse_json(content: bytes, step: str) -> Any:
-    """The object or list that a tool printed."""
+def parse_json(content: bytes, step: str, *, or_scalar: bool = False) -> Any:
+    """The object or list that a tool printed; with ``or_scalar`` any JSON: a list that is empty is
+    `null` to some programs in Go."""
     try:
         found = json.loads(content)
-        if not isinstance(found, (dict, list)):
+        if not or_scalar and not isinstance(found, (dict, list)):
             raise ValueError
         return found
     except (ValueError, RecursionError):

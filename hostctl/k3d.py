@@ -177,7 +177,8 @@ def _refuse_listed(machine: Machine, name: str) -> None:
     """k3d must agree that the cluster is absent; a failed listing is no agreement (incident 3)."""
     step = f"asking k3d whether cluster {name} exists"
     ran = run_tool(machine, ["k3d", "cluster", "list", "--output", "json"], step, "cannot-tell")
-    if any(one.get("name") == name for one in parse_json(ran.out or b"[]", step) or []):
+    listed = parse_json(ran.out or b"[]", step, or_scalar=True) or []
+    if any(one.get("name") == name for one in listed):
         raise Failure(
             "cannot-tell",
             step,

@@ -133,7 +133,8 @@ def snapshots_of(
     step = f"listing the copies of {item} at target {target['name']}"
     tags = ["--host", name, "--tag", f"homelab,item={item}"]
     ran = restic(machine, name, target, ["snapshots", "--json", *tags], step)
-    return sorted(parse_json(ran.out, step) or [], key=lambda one: one["time"], reverse=True)
+    found = parse_json(ran.out, step, or_scalar=True) or []
+    return sorted(found, key=lambda one: one["time"], reverse=True)
 
 
 def fetch(

@@ -560,7 +560,7 @@ def _cron_job(command: str, schedule: str) -> dict[str, Any]:
 
 def _middleware(machine: Machine, step: str, code: str, method: str, *arguments: Any) -> Any:
     argv = ["midclt", "call", method, *(json.dumps(one) for one in arguments)]
-    return parse_json(run_tool(machine, argv, step, code).out, step)
+    return parse_json(run_tool(machine, argv, step, code).out, step, or_scalar=True)
 
 
 def _ours(

@@ -747,6 +747,9 @@ def test_secrets_are_the_only_leaves_that_hide_their_value() -> None:
     secret = {path for path, (annotation, _) in RULES.items() if annotation is SecretStr}
     assert secret == {
         "settings.argocd.clusters.kubeconfig",
+        "settings.backups.targets.access_key",
+        "settings.backups.targets.password",
+        "settings.backups.targets.secret_key",
         "settings.cluster.kubeconfig.content",
         "settings.cluster.snapshots.s3.access_key",
         "settings.cluster.snapshots.s3.secret_key",
