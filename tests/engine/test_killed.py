@@ -3,7 +3,8 @@ where an undisturbed life does, with nothing made twice and nothing orphaned.
 
 The stand-ins do the killing, since they know the step (`Faults` in rehearsal/core.py): before it,
 once it has changed the world and before the engine is told, and once the engine has recorded it.
-`make kill STACK=every-kind` kills at every step of up, of an edit and of destroy; here is a sample:
+`make kill STACK=every-kind` kills at every step of up, of an edit and of destroy; a sample is
+tested. The same without make:
 
     .venv/bin/python -m tests.engine.test_killed every-kind
 """
