@@ -374,6 +374,7 @@ class Rehearsal:
 # Secrets that a stack file cannot be complete without, and that are in none until a person encrypts
 # them with their passphrase; `*` is any name.
 REQUIRED_SECRETS = (
+    "homelab:backups.targets.*.password",
     "homelab:cluster.snapshots.s3.accessKey",
     "homelab:cluster.snapshots.s3.secretKey",
     "homelab:cloudflare.apiToken",

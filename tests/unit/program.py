@@ -52,6 +52,9 @@ class Program(Rehearsal):
             monitor=monitor,
             logger=logging.getLogger("pulumi"),
         )
+        # Where the stack's own file would be: those of the other stacks are there.
+        root = str(self.directory / "project")
+        pulumi.runtime.settings.SETTINGS.root_directory = root  # pyright: ignore[reportAttributeAccessIssue]
         given = self.given if config is None else config
         texts = {key: v if type(v) is str else json.dumps(v) for key, v in given.items()}
         pulumi.runtime.set_all_config(texts)
