@@ -102,9 +102,10 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
     }
 
 
-def target_keys(stack: settings.Settings) -> dict[str, str]:
-    """The files of the host that restic reads its secrets from, and their content: of each target
-    its password, of S3 also the keys in the form of AWS's own tools.
+def secret_files(stack: settings.Settings) -> dict[str, str]:
+    """The files of the host that hold what its units may not be told otherwise, and their content:
+    of each target of backups its password, of S3 also the keys in the form of AWS's own tools; the
+    URL of the webhook.
     """
     files = {}
     for name, target in stack.backups.targets.items():
@@ -115,6 +116,9 @@ def target_keys(stack: settings.Settings) -> dict[str, str]:
                 f"[default]\naws_access_key_id = {target.access_key.get_secret_value()}\n"
                 f"aws_secret_access_key = {target.secret_key.get_secret_value()}\n"
             )
+    webhook = stack.watching.webhook
+    if webhook and webhook.url:
+        files[_webhook_file(stack.cluster.name)] = webhook.url.get_secret_value()
     return files
 
 
@@ -137,12 +141,12 @@ def _watched(stack: settings.Settings, cluster: settings.K3dCluster) -> dict[str
         "routes": list(hostnames),
         "metrics": stack.watching.metrics,
         "webhook": webhook and webhook.kind,
-        "webhook_file": webhook and (webhook.file or _webhook_file(cluster)),
+        "webhook_file": webhook and (webhook.file or _webhook_file(cluster.name)),
     }
 
 
-def _webhook_file(cluster: settings.K3dCluster) -> str:
-    return f"/var/lib/homelab/watch/{cluster.name}.webhook"
+def _webhook_file(cluster: str) -> str:
+    return f"/var/lib/homelab/watch/{cluster}.webhook"
 
 
 def _schedule(schedule: str) -> str | None:
@@ -173,16 +177,17 @@ class Units(pulumi.ComponentResource):
     ) -> None:
         super().__init__("homelab:index:Units", name, None, opts)
         spec = units_spec(args.settings)
-        after = list(args.after)
-        webhook = args.settings.watching.webhook
-        if webhook and webhook.url:
-            path, content = spec["watching"]["webhook_file"], webhook.url.get_secret_value()
-            write = {"path": path, "content": content, "mode": "0600"}
-            child = pulumi.ResourceOptions(parent=self)
-            verb, delete = ["files", "write"], ["files", "remove"]
-            after.append(
-                args.host.command("webhook", verb, write, secret=True, delete=delete, opts=child)
+        files = [
+            args.host.command(
+                path.rpartition("/")[2],
+                ["files", "write"],
+                {"path": path, "content": content, "mode": "0600"},
+                secret=True,
+                delete=["files", "remove"],
+                opts=pulumi.ResourceOptions(parent=self),
             )
+            for path, content in secret_files(args.settings).items()
+        ]
         # The start is tried once, in the unit's own bounds.
         wait = f"{spec['start_seconds'] + _SLACK_SECONDS}s"
         install = args.host.command(
@@ -192,25 +197,9 @@ class Units(pulumi.ComponentResource):
             delete=["units", "remove"],
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=after,
+                depends_on=[*args.after, *files],
                 custom_timeouts=pulumi.CustomTimeouts(create=wait, update=wait),
             ),
         )
-        for path, content in target_keys(args.settings).items():
-            args.host.command(
-                path.rpartition("/")[2],
-                ["files", "write"],
-                {
-                    "path": path,
-                    "content": content,
-                    "mode": "0600",
-                    "owner": "root",
-                    "group": "root",
-                    "restart_container": None,
-                },
-                secret=True,
-                delete=["files", "remove"],
-                opts=pulumi.ResourceOptions(parent=self),
-            )
         self.installed = result(install).apply(lambda seen: seen["units"])
         self.register_outputs({"installed": self.installed})

@@ -123,7 +123,7 @@ def test_the_webhooks_url_is_in_a_file_of_root_and_in_no_plain_input(run_program
         Units("lab", UnitsArgs(stack(), LiveUnits("systemd", 4), host, []))
 
     resources = run_program(program, outputs={"Command": answer})
-    command = resources["Command", "webhook"]
+    command = resources["Command", "lab.webhook"]
     assert json.loads(command.inputs["stdin"]) == {
         "path": "/var/lib/homelab/watch/lab.webhook",
         "content": URL,
@@ -132,8 +132,8 @@ def test_the_webhooks_url_is_in_a_file_of_root_and_in_no_plain_input(run_program
     assert command.secrets == {"stdin"}
     assert command.inputs["delete"].endswith("hostctl files remove")
     # The first look finds it.
-    assert ("Command", "webhook") in resources["Command", "units"].depends_on
-    others = [one.inputs for key, one in resources.items() if key != ("Command", "webhook")]
+    assert ("Command", "lab.webhook") in resources["Command", "units"].depends_on
+    others = [one.inputs for key, one in resources.items() if key != ("Command", "lab.webhook")]
     assert URL not in json.dumps(others)
 
 
@@ -171,7 +171,7 @@ def test_the_keys_of_a_target_reach_the_host_as_private_files_and_are_secret(run
         assert held not in command.inputs["create"]
         spec = json.loads(command.inputs["stdin"])
         assert spec["path"] == f"/var/lib/homelab/backups/lab/offsite.{name}"
-        assert (spec["mode"], spec["owner"]) == ("0600", "root")
+        assert spec["mode"] == "0600"
         assert held in spec["content"]
         assert "stdin" in command.secrets
 
