@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from hostctl.acceptance import k3d_accept
@@ -527,7 +527,7 @@ class _Parser(argparse.ArgumentParser):
         raise Failure("bad-spec", "reading the command line", message, remedy)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verbs: Iterable[tuple[str, ...]]) -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="hostctl",
@@ -539,7 +539,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hostctl {HOSTCTL_VERSION}")
     top = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     groups: dict[tuple[str, ...], Any] = {(): top}
-    for words, verb in VERBS.items():
+    for words in verbs:
+        verb = VERBS[words]
         summary = " ".join((verb.run.__doc__ or "").split("\n\n")[0].split())
         text = " ".join(words)
         for depth in range(1, len(words)):
@@ -635,7 +636,9 @@ def main(
     arguments = list(sys.argv[1:] if argv is None else argv)
     step = "hostctl " + " ".join(word for word in arguments if not word.startswith("-"))
     try:
-        options = _parser().parse_args(arguments)
+        # Help for all of them takes longer to write than most verbs do.
+        asked = [words for words in VERBS if tuple(arguments[: len(words)]) == words] or VERBS
+        options = _parser(asked).parse_args(arguments)
         verb = VERBS[options.words]
         here = machine or Machine()
         if machine is None and threading.current_thread() is threading.main_thread():
