@@ -83,10 +83,8 @@ def _shown(value: Any) -> str:
 
 
 def text_matching(pattern: str, allowed: str) -> Callable[[Any], str]:
-    compiled = re.compile(pattern)
-
     def test(value: Any) -> str:
-        if not isinstance(value, str) or not compiled.fullmatch(value):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError(allowed)
         return value
 
