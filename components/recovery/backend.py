@@ -36,9 +36,9 @@ def mend(engine: Engine) -> None:
     if checkpoint.exists() and not _is_json(checkpoint):
         if not _is_json(before):
             raise RecoveryError(
-                f"{checkpoint} is damaged, and so is {before}.\n  Cause: not JSON\n  Remedy:"
-                f" `pulumi stack import --file` the newest whole file of {root}/backups/{project}/"
-                f"{engine.stack}; without one, `make adopt STACK={engine.stack}`."
+                f"{checkpoint} is damaged, and so is {before}.\n  Cause: not JSON\n  Remedy: put"
+                f" the newest whole *.checkpoint.json of {root}/history/{project}/{engine.stack} in"
+                f" its place; without one, remove it and `make adopt STACK={engine.stack}`."
             )
         shutil.copy(checkpoint, checkpoint.with_name(checkpoint.name + ".damaged"))
         shutil.copy(before, checkpoint)

@@ -30,6 +30,7 @@ def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
         state = engine.export()
     begun = _pending(state)
     if not begun and then == "up":
+        _refresh(engine, set())
         # A create whose provider died, or whose answer was lost, is forgotten by the engine.
         engine.say("no operation was cut off; perhaps an answer was lost")
         return adopt(engine, take=True)
@@ -44,13 +45,18 @@ def _pending(state: dict[str, Any]) -> list[dict[str, Any]]:
     return state["deployment"].get("pending_operations") or []
 
 
-def _settle(engine: Engine, begun: list[dict[str, Any]]) -> None:
-    # The refresh takes the lock, and with it the certainty that nobody else is at the state. It
-    # reads what the cut-off updates and deletes came to, and forgets that they were begun.
+def _refresh(engine: Engine, urns: set[str]) -> None:
+    """Reads these resources anew, of those that the state holds. It takes the lock, and with it the
+    certainty that nobody else is at the state.
+    """
     held = {r["urn"] for r in engine.export()["deployment"].get("resources") or []}
-    changed = {op["resource"]["urn"] for op in begun if op["type"] != "creating"} & held
     stack = {urn for urn in held if "::pulumi:pulumi:Stack::" in urn}
-    engine.refresh(sorted(changed | stack))
+    engine.refresh(sorted(urns & held | stack))
+
+
+def _settle(engine: Engine, begun: list[dict[str, Any]]) -> None:
+    # It reads what the cut-off updates and deletes came to, and forgets that they were begun.
+    _refresh(engine, {op["resource"]["urn"] for op in begun if op["type"] != "creating"})
 
     state = engine.export()
     creates = [op["resource"] for op in _pending(state) if op["type"] == "creating"]

@@ -37,6 +37,7 @@ class StackRehearsal(Rehearsal):
         (directory / "events").mkdir()
         twin = copy.copy(self)
         twin.directory = directory
+        twin.environment = dict(self.environment)
         return twin
 
     @contextlib.contextmanager
