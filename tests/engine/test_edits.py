@@ -40,6 +40,8 @@ def rotation(*changes: str) -> Callable[[Edit], Edit]:
 
 
 @edit(
+    # It is watched too.
+    "update Command units",
     "update ZeroTrustTunnelCloudflaredConfig factory",
     "create DnsRecord odin.example.org",
     "create ZeroTrustAccessPolicy odin.example.org",
@@ -57,6 +59,7 @@ def a_new_route(p510):
 
 
 @edit(
+    "update Command units",
     "update ZeroTrustTunnelCloudflaredConfig p510",
     "delete DnsRecord radarr.example.org",
     "delete ZeroTrustAccessPolicy radarr.example.org",
