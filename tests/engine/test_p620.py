@@ -172,8 +172,12 @@ def test_incident_16_the_whole_move_recreates_nothing_of_the_cluster_or_at_cloud
     assert f"up brings it up as {identity}" in preview.stdout
     # A preview cannot know that the namespace is the same one, since p620's provider is not there
     # yet; so it lists the seed, which up then leaves alone.
-    replaced = {step for step in planned(preview) if step.startswith(("replace", "create-repl"))}
-    assert {step.split(" ", 1)[1] for step in replaced} == {"Command seed factory/factory-cli-creds"}
+    replaced = {
+        step.split(" ", 1)[1]
+        for step in planned(preview)
+        if step.startswith(("replace", "create-repl"))
+    }
+    assert replaced == {"Command seed factory/factory-cli-creds"}
     up = p620.up()
     assert errors(up) == []
     assert planned(up) == {
