@@ -79,8 +79,8 @@ def test_a_step_of_each_kind_fails_or_hangs_and_the_last_up_ends_undisturbed(tmp
         ]
     )
     told: set[tuple[str, str]] = set()
-    # No chain of steps that need each other is longer.
-    for _ in range(8):
+    # Each run gets past one at least; how many more depends on what the engine began with.
+    for _ in steps:
         run = stack.up("--continue-on-error", check=False)
         told |= {
             (d.urn or "", d.message.strip())
@@ -90,7 +90,7 @@ def test_a_step_of_each_kind_fails_or_hangs_and_the_last_up_ends_undisturbed(tmp
         if not run.code:
             break
     else:
-        pytest.fail("not up after 8 runs")
+        pytest.fail(f"not up after {len(steps)} runs")
     for urn in steps:
         cause = "signal: killed" if urn in hanging else f"no luck with {urn}"
         assert any(step == urn and cause in text for step, text in told), urn
