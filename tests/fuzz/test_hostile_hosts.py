@@ -4,7 +4,6 @@ Whatever comes in, each verb ends with one line of JSON: a result, or a failure 
 cause and remedy. `make test` runs a sample, `make fuzz` tens of thousands.
 """
 
-import functools
 import io
 import json
 import os
@@ -86,12 +85,7 @@ class World:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with (
-        tempfile.TemporaryDirectory(prefix="homelab-fuzz-", dir=memory) as directory,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        # Made once and not a verb: it takes longer than the verb.
-        patch.setattr(cli, "_parser", functools.cache(cli._parser))
+    with tempfile.TemporaryDirectory(prefix="homelab-fuzz-", dir=memory) as directory:
         yield World(Path(directory))
 
 
