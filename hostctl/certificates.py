@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from hostctl.cluster import Cluster
-from hostctl.live import live_api
+from hostctl.live import api_address, live_api
 from hostctl.machine import Machine, Served
 
 EXPIRES_SOON_DAYS = 30
@@ -113,9 +113,9 @@ def certificates_of(
 ) -> tuple[dict[str, Validity | None], Served | None]:
     """When the certificate that the API shows and the administrator's are valid, and what the API
     served. What cannot be seen is None."""
-    api = live_api(cluster)
-    address = "127.0.0.1" if api["bind"] == "0.0.0.0" else api["bind"]
-    served = machine.served(address, api["port"]) if cluster.state == "running" else None
+    port = live_api(cluster)["port"]
+    running = cluster.state == "running"
+    served = machine.served(api_address(cluster), port) if running else None
     seen = {
         "serving": _validity(served.certificate if served else b""),
         "client": _validity(_decoded((credentials or {}).get("certificate", ""))),

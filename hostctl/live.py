@@ -113,6 +113,12 @@ def live_api(cluster: Cluster) -> dict[str, Any]:
     }
 
 
+def api_address(cluster: Cluster) -> str:
+    """Where this host reaches the published API."""
+    bind = live_api(cluster)["bind"]
+    return "127.0.0.1" if bind == "0.0.0.0" else bind
+
+
 def _live_resolvers(machine: Machine, server: Node, unseen: list[str]) -> list[str] | None:
     source = server.mount(RESOLVERS_IN_NODE)
     if source is None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hostctl.cluster import Cluster, look, node_kubeconfig
-from hostctl.live import live_api
+from hostctl.live import api_address, live_api
 from hostctl.machine import PROGRESS_SECONDS, QUERY_SECONDS, Machine, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, say
 from hostctl.tools import attempt, run_tool
@@ -82,9 +82,8 @@ def ready(machine: Machine, cluster: Cluster) -> tuple[dict[str, str] | None, st
     if down:
         return None, f"{', '.join(down)} is not running"
     credentials = node_kubeconfig(machine, cluster)
-    api = live_api(cluster)
-    address = "127.0.0.1" if api["bind"] == "0.0.0.0" else api["bind"]
-    if credentials and _answers(machine, f"https://{address}:{api['port']}/readyz", credentials):
+    address, port = api_address(cluster), live_api(cluster)["port"]
+    if credentials and _answers(machine, f"https://{address}:{port}/readyz", credentials):
         return credentials, ""
     # What follows finds out why.
     argv = ["docker", "exec", server, "kubectl", "get", "--raw=/readyz"]
@@ -100,9 +99,9 @@ def ready(machine: Machine, cluster: Cluster) -> tuple[dict[str, str] | None, st
     if credentials is None:
         return None, "the node has written no kubeconfig yet"
     ca = base64.b64decode(credentials["ca"]).decode("ascii", "replace")
-    refused = machine.connect(address, api["port"], ca)
+    refused = machine.connect(address, port, ca)
     if refused:
-        return None, f"{address}:{api['port']} does not reach it: {refused}"
+        return None, f"{address}:{port} does not reach it: {refused}"
     return credentials, ""
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import calendar
 import contextlib
 import html
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hostctl.acceptance import ACCEPT_SPEC, Answer, resolves
 from hostctl.certificates import DAY_SECONDS, EXPIRES_SOON_DAYS, certificates_of
-from hostctl.cluster import Cluster, look, parse_json
-from hostctl.cluster_backup import utc
+from hostctl.cluster import Cluster, container_facts, look, parse_json
+from hostctl.cluster_backup import seconds_of, utc
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.preflight import ROOM_BYTES
 from hostctl.protocol import Failure, Result, say
@@ -122,15 +120,12 @@ def watch_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
         secrets[namespace] = [line.partition("/")[2] for line in ran.text.split()]
     containers: dict[str, str | None] = {}
     for container in wanted["containers"]:
-        step = f"looking at container {container}"
-        ran = attempt(machine, ["docker", "inspect", "--type", "container", container], step)
         containers[container] = None
-        if not ran.code:
-            containers[container] = parse_json(ran.out, step)[0]["State"]["Status"]
-        elif "no such container" in ran.complaint.lower():
-            containers[container] = "absent"
-        else:
-            unseen.append(f"container {container}: {ran.complaint}")
+        try:
+            facts = container_facts(machine, container, f"looking at container {container}")
+            containers[container] = facts["State"]["Status"] if facts else "absent"
+        except Failure as failure:
+            unseen.append(f"container {container}: {failure.cause}")
     room: dict[str, int | None] = {}
     for directory in wanted["directories"]:
         room[directory] = None
@@ -188,9 +183,8 @@ def _checks(
             yield job, Answer(state, run["cause"] or f"done at {run['at']}", again)
     for target, items in (record.get("verified") or {}).items():
         for item, seen in items.items():
-            at = calendar.timegm(time.strptime(seen["at"], "%Y-%m-%dT%H:%M:%SZ"))
             labels = f'{{target="{target}",item="{item}"}}'
-            numbers[f"restore_verified_time_seconds{labels}"] = at
+            numbers[f"restore_verified_time_seconds{labels}"] = seconds_of(seen["at"])
 
 
 def _certificates(
@@ -248,7 +242,7 @@ def _room(machine: Machine, name: str, directory: str, numbers: dict[str, float]
         free = machine.free_bytes(directory)
     except OSError as error:
         return Answer("cannot-tell", str(error.strerror or error), "is the disk mounted?")
-    numbers[f'free_bytes{{directory="{directory}"}}'] = free
+    numbers[f"free_bytes{{directory={_quoted(directory)}}}"] = free
     remedy = f"hostctl clean {name} --dry-run; docker system df"
     return Answer("failed" if free < ROOM_BYTES else "passed", f"{size_text(free)} left", remedy)
 
@@ -304,7 +298,7 @@ def _metrics(
         "# TYPE homelab_check gauge",
     ]
     for key, one in checks.items():
-        what = f'{{cluster="{name}",check="{key}"}}'
+        what = f'{{cluster="{name}",check={_quoted(key)}}}'
         lines.append(f"homelab_check{what} {values[one['state']]}")
     typed = set()
     for key, number in sorted(numbers.items()):
@@ -315,6 +309,12 @@ def _metrics(
         more = f",{labels[:-1]}" if labels else ""
         lines.append(f'homelab_{metric}{{cluster="{name}"{more}}} {number:.0f}')
     return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    # The text format escapes these two and the end of a line, which no path of ours has.
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _page(name: str, report: Mapping[str, Any]) -> str:

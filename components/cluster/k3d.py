@@ -21,6 +21,11 @@ _SLACK_SECONDS = 900
 # The ceiling of the backup before a recreate or a node swap; it reports its progress.
 _BACKUP_SECONDS = 24 * 3600
 
+ADOPTING = "HOMELAB_ADOPTING"
+"""The environment variable that lets a preview ask for the kubeconfig of a cluster that runs and
+that the state does not know yet: without it `make adopt` could look for nothing that lives there.
+"""
+
 
 @dataclass(frozen=True)
 class LiveCluster:
@@ -202,10 +207,7 @@ def _rotated_kubeconfig(
     """
     if not (pulumi.runtime.is_dry_run() and seen["state"] == "running"):
         return None
-    adopting = os.environ.get(
-        "HOMELAB_ADOPTING"
-    )  # the state has none: components/recovery/adopt.py
-    if seen["differences"] or not (seen["kubeconfig_behind"] or adopting):
+    if seen["differences"] or not (seen["kubeconfig_behind"] or os.environ.get(ADOPTING)):
         return None
     spec = {"name": cluster.name, "server": server_url(cluster)}
     return (yield from ask(["k3d", "kubeconfig"], spec))["kubeconfig"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from components.cluster.k3d import ADOPTING
 from components.recovery.engine import Engine, RecoveryError
 from components.recovery.keys import Key, is_unknown, natural_key
 from components.recovery.look import look_up, undeclared_secrets
@@ -24,10 +25,6 @@ from components.recovery.state import (
     refuse_to_overwrite,
     take,
 )
-
-ADOPTING = "HOMELAB_ADOPTING"
-"""The environment variable that lets a preview ask for the kubeconfig of a cluster that runs and
-that the state does not know yet: without it nothing that lives in the cluster can be looked for."""
 
 
 @dataclass

@@ -167,22 +167,12 @@ class _Target(Model):
 
 
 class DirectoryTarget(_Target):
-    """A directory of the host: a disk of its own, which is mounted there."""
+    """A directory of the host: of a disk of its own, or of a share, which is mounted there."""
 
-    kind: Literal["directory"] = Field(description="A directory.")
+    kind: Literal["directory", "nfs"] = Field(
+        description="A directory; with nfs, refused while no NFS share is mounted there."
+    )
     path: AbsolutePath = Field(description="The repository's directory.")
-
-    @property
-    def repository(self) -> str:
-        """As restic names it."""
-        return self.path
-
-
-class NfsTarget(_Target):
-    """A directory on an NFS share that the host mounts; refused while it does not."""
-
-    kind: Literal["nfs"] = Field(description="A directory on a mounted NFS share.")
-    path: AbsolutePath = Field(description="The repository's directory on the share.")
 
     @property
     def repository(self) -> str:
@@ -213,7 +203,7 @@ class S3Target(_Target):
         return f"s3:{'https' if self.tls else 'http'}://{self.endpoint}/{self.bucket}{place}"
 
 
-BackupTarget = Annotated[DirectoryTarget | NfsTarget | S3Target, Field(discriminator="kind")]
+BackupTarget = Annotated[DirectoryTarget | S3Target, Field(discriminator="kind")]
 
 
 class Verification(Model):
