@@ -144,8 +144,8 @@ def k3s_uncordon(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def k3s_forget(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Takes a node out of the cluster: drains it if it answers, deletes its Node, by which k3s
-    removes it from etcd too. One that is none any more is fine."""
+    """Takes a node out of the cluster: drains it if it answers, deletes its Node, and waits until
+    k3s has removed it from etcd and lets the Node go. One that is none any more is fine."""
     wanted = checked(spec, MEMBER_SPEC, "k3s forget")
     step = f"forgetting {wanted['node']}"
     with cluster_lock(machine, wanted["cluster"]):

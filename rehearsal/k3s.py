@@ -296,7 +296,7 @@ class K3s:
                 return self._cordon(cluster, node, True)
             case ["uncordon", node]:
                 return self._cordon(cluster, node, False)
-            case ["delete", "node", node]:
+            case ["delete", "node", node] | ["delete", "node", node, "--wait=false"]:
                 api = self.api(cluster)
                 obj = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}
                 if not api.delete(obj):

@@ -7,7 +7,6 @@ system.
 """
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -99,28 +98,6 @@ def resolve() -> Rig:
     )
     path = [k3d.directory, versioned / "bin", components / "bin", backup / "bin"]
     return Rig(path, engine / "bin", root / "root")
-
-
-def definitions(modules: dict[str, str]) -> Path:
-    """A directory with the CustomResourceDefinitions that Go modules hold: {"<module>@<version>":
-    path of the file or folder in it}. Go checks what it gets against its checksum database. Raises
-    SetupError.
-    """
-    wanted = _digest(json.dumps(sorted(modules.items())))
-    return cache.install(f"definitions-{wanted}", lambda there: _definitions(there, modules))
-
-
-def _definitions(directory: Path, modules: dict[str, str]) -> str:
-    go = tools.go()
-    caches = {"GOMODCACHE": str(directory / "mod"), "GOFLAGS": "-modcacherw", "GOWORK": "off"}
-    command = [go, "mod", "download", *modules]
-    cache.run("definitions", command, cwd=directory, env={**os.environ, **caches})
-    for module, path in modules.items():
-        source = directory / "mod" / module / path
-        for file in sorted(source.glob("*.yaml")) if source.is_dir() else [source]:
-            shutil.copy(file, directory / file.name)
-    shutil.rmtree(directory / "mod")
-    return f"of the Go modules {', '.join(modules)}"
 
 
 def _k3d_release(directory: Path) -> str:

@@ -330,36 +330,63 @@ func (s *server) reset(ctx context.Context) error {
 	return err
 }
 
+// memberFinalizer holds a server's Node until it is out of etcd, so that `kubectl delete node` waits
+// for that (k3s' etcd member controller).
+const memberFinalizer = "wrangler.cattle.io/managed-etcd-controller"
+
 // forgetMembers removes from etcd the servers whose Nodes are deleted, as k3s does.
 func (s *server) forgetMembers(ctx context.Context) {
 	client, err := clientOf(s.dir + "/cred/admin.kubeconfig")
 	if err != nil {
 		return
 	}
-	known := map[string]bool{}
-	for pause(ctx, 2*time.Second) == nil {
-		nodes, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	servers := metav1.ListOptions{LabelSelector: "node-role.kubernetes.io/etcd"}
+	for pause(ctx, time.Second) == nil {
+		nodes, err := client.CoreV1().Nodes().List(ctx, servers)
 		if err != nil {
 			continue
 		}
-		there := map[string]bool{}
 		for _, one := range nodes.Items {
-			there[one.Name] = true
-		}
-		members, err := s.etcd("https://127.0.0.1:2379")
-		if err != nil {
-			continue
-		}
-		if listed, err := members.MemberList(ctx); err == nil {
-			for _, one := range listed.Members {
-				if one.Name != s.nodeName && known[one.Name] && !there[one.Name] {
-					say("info", "Removing %s from etcd", one.Name)
-					members.MemberRemove(ctx, one.ID)
-				}
+			held := slices.Contains(one.Finalizers, memberFinalizer)
+			if held == (one.DeletionTimestamp == nil) {
+				continue
 			}
-			// One that joins anew is a member before it is a Node.
-			known = there
+			if !held {
+				one.Finalizers = append(one.Finalizers, memberFinalizer)
+			} else if err := s.removeMember(ctx, one.Name); err == nil {
+				one.Finalizers = slices.DeleteFunc(one.Finalizers, func(name string) bool { return name == memberFinalizer })
+			} else {
+				say("error", "Removing %s from etcd: %v", one.Name, err)
+				continue
+			}
+			if _, err := client.CoreV1().Nodes().Update(ctx, &one, metav1.UpdateOptions{}); err != nil {
+				say("info", "Updating Node %s: %v", one.Name, err)
+			}
 		}
-		members.Close()
 	}
+}
+
+// removeMember takes a server out of etcd; one of several leaves itself to the others.
+func (s *server) removeMember(ctx context.Context, name string) error {
+	members, err := s.etcd("https://127.0.0.1:2379")
+	if err != nil {
+		return err
+	}
+	defer members.Close()
+	listed, err := members.MemberList(ctx)
+	if err != nil {
+		return err
+	}
+	if name == s.nodeName && len(listed.Members) > 1 {
+		return errors.New("another server does it")
+	}
+	for _, one := range listed.Members {
+		if one.Name == name && name != s.nodeName {
+			say("info", "Removing %s from etcd", name)
+			if _, err := members.MemberRemove(ctx, one.ID); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }

@@ -126,6 +126,9 @@ func (n *node) sayVersion(ctx context.Context, client kubernetes.Interface) erro
 	if err != nil {
 		return err
 	}
+	if one.DeletionTimestamp != nil {
+		return fmt.Errorf("Node %s is being deleted", n.name)
+	}
 	one.Status.NodeInfo.KubeletVersion = version()
 	_, err = client.CoreV1().Nodes().UpdateStatus(ctx, one, metav1.UpdateOptions{})
 	return err
