@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from hostctl.machine import Machine
 from hostctl.protocol import Failure
@@ -110,16 +111,24 @@ def look(machine: Machine, name: str, network: str | None = None) -> Cluster:
 
 def node_containers(machine: Machine, name: str) -> list[dict[str, Any]]:
     """All containers, running or not, that bear the cluster's label or the names of its nodes."""
+    listed = machine.ask_docker("/containers/json?all=true")
+    if listed is not None:
+        ids = []
+        for one in listed:
+            names = [path.lstrip("/") for path in one["Names"] or ()]
+            if _is_of(name, (one["Labels"] or {}).get("k3d.cluster"), names):
+                ids.append(one["Id"])
+        found = [machine.ask_docker(f"/containers/{one}/json") for one in ids]
+        if None not in found:
+            return found
     row = '{{.ID}}\t{{.Names}}\t{{.Label "k3d.cluster"}}'
     step = f"looking for cluster {name} in Docker"
     for again in range(3):
-        listed = run_tool(
-            machine, ["docker", "ps", "--all", "--no-trunc", "--format", row], step, "cannot-tell"
-        )
+        argv = ["docker", "ps", "--all", "--no-trunc", "--format", row]
         ids = []
-        for line in listed.text.splitlines():
+        for line in run_tool(machine, argv, step, "cannot-tell").text.splitlines():
             identifier, names, label = (*line.split("\t"), "", "")[:3]
-            if label == name or any(_is_node_name(name, one) for one in names.split(",")):
+            if _is_of(name, label, names.split(",")):
                 ids.append(identifier)
         if not ids:
             return []
@@ -129,6 +138,10 @@ def node_containers(machine: Machine, name: str) -> list[dict[str, Any]]:
         if "No such" not in seen.complaint or again == 2:
             raise Failure("cannot-tell", step, seen.complaint, tool_remedy("docker", seen))
     raise AssertionError("unreachable")
+
+
+def _is_of(cluster: str, label: str | None, names: Iterable[str]) -> bool:
+    return label == cluster or any(_is_node_name(cluster, one) for one in names)
 
 
 def _is_node_name(cluster: str, container: str) -> bool:
@@ -179,6 +192,9 @@ def network_of(nodes: Sequence[Node]) -> str | None:
 
 
 def find_network(machine: Machine, name: str) -> dict[str, Any] | None:
+    found = machine.ask_docker(f"/networks/{quote(name)}")
+    if found is not None:
+        return found
     step = f"looking for Docker network {name}"
     seen = attempt(machine, ["docker", "network", "inspect", name], step)
     if seen.code == 0:

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import grp
 import hashlib
-import http.client
 import json
 import os
 import pwd
@@ -22,10 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
@@ -39,6 +35,7 @@ PROGRESS_SECONDS = 5.0
 LOCK_SECONDS = 3600.0
 FILE_BYTES = 1024 * 1024
 """The largest file that is read; the API server takes no Secret above 1 MiB."""
+ANSWER_BYTES = 32 * 1024 * 1024
 DOWNLOAD_BYTES = 200 * 1024 * 1024
 
 
@@ -509,14 +506,25 @@ class Machine:
     def post(self, socket_path: str, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         """Asks a service that listens on a socket file, in JSON. Returns status and answer; raises
         OSError."""
-        with contextlib.closing(http.client.HTTPConnection("localhost", timeout=300)) as service:
-            service.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            service.sock.settimeout(300)
-            service.sock.connect(socket_path)
-            headers = {"Content-Type": "application/json"}
-            service.request("POST", path, json.dumps(body), headers)
-            answer = service.getresponse()
-            return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
+        headers = {"Content-Type": "application/json"}
+        with contextlib.closing(_at_socket(socket_path, 300)) as service:
+            return _exchange(service, "POST", path, json.dumps(body).encode(), headers)
+
+    def ask_docker(self, path: str) -> Any:
+        """What Docker's daemon answers to GET of a path of its API: Docker's client takes longer to
+        start than the daemon to answer. None where it gives no plain answer, or where the client
+        would ask another daemon: then the client is to be asked, whose words about a failure are
+        known.
+        """
+        socket_path = _docker_socket()
+        if socket_path is None:
+            return None
+        try:
+            with contextlib.closing(_at_socket(socket_path, 5)) as service:
+                status, answer = _exchange(service, "GET", path)
+            return json.loads(answer) if status == 200 else None
+        except (OSError, ValueError):
+            return None
 
     def put(self, url: str, login: tuple[str, str], body: bytes, ca: str) -> tuple[int, str]:
         """PUT of JSON to a server of this CA (PEM), as a user with a password. Returns status and
@@ -555,6 +563,8 @@ class Machine:
                 head = secure.recv(65536).decode("latin-1")
         except OSError:
             return None
+        from email.utils import parsedate_to_datetime  # Few verbs need it, and it loads slowly.
+
         said = re.search(r"^date: *(.+?)\s*$", head, re.IGNORECASE | re.MULTILINE)
         date = parsedate_to_datetime(said.group(1)).timestamp() if said else None
         return Served(certificate or b"", date)
@@ -564,18 +574,15 @@ class Machine:
         when it cannot be had whole, ValueError when it is not what the sha256 says."""
         content = bytearray()
         told = time.monotonic()
-        try:
-            with urllib.request.build_opener().open(url, timeout=QUERY_SECONDS) as answer:
-                for piece in iter(lambda: answer.read(256 * 1024), b""):
-                    content += piece
-                    if len(content) > DOWNLOAD_BYTES:
-                        raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
-                    if time.monotonic() - told >= PROGRESS_SECONDS:
-                        told = time.monotonic()
-                        tick(len(content))
-                expected = answer.headers.get("Content-Length")
-        except http.client.HTTPException as error:
-            raise OSError(str(error) or type(error).__name__) from None
+        with _opened(url) as answer:
+            for piece in iter(lambda: answer.read(256 * 1024), b""):
+                content += piece
+                if len(content) > DOWNLOAD_BYTES:
+                    raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
+                if time.monotonic() - told >= PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    tick(len(content))
+            expected = answer.headers.get("Content-Length")
         if expected is not None and len(content) != int(expected):
             raise OSError(f"cut off after {len(content)} of {expected} bytes")
         found = hashlib.sha256(content).hexdigest()
@@ -586,27 +593,20 @@ class Machine:
     def read_url(self, url: str) -> bytes:
         """A short text at a URL, which may be reached through the environment's proxy. Raises
         OSError."""
-        try:
-            with urllib.request.build_opener().open(url, timeout=QUERY_SECONDS) as answer:
-                return answer.read(FILE_BYTES)
-        except http.client.HTTPException as error:
-            raise OSError(str(error) or type(error).__name__) from None
+        with _opened(url) as answer:
+            return answer.read(FILE_BYTES)
 
     def visit(
         self, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> int:
         """The HTTP status of a URL, which may be reached through the environment's proxy; a
         redirection is one. POST where there is a body. Raises OSError without an answer."""
-        opener = urllib.request.build_opener(_NoRedirect)
         if not url.startswith(("https://", "http://")):
             raise OSError("no http(s) URL")
         try:
-            request = urllib.request.Request(url, body, dict(headers or {}))
-            with opener.open(request, timeout=QUERY_SECONDS) as answer:
+            with _opened(url, body, headers, follow=False) as answer:
                 return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-        except (http.client.HTTPException, ValueError) as error:
+        except ValueError as error:
             raise OSError(type(error).__name__) from None
 
     def bytes_read(self, pids: Iterable[int]) -> int | None:
@@ -622,13 +622,6 @@ class Machine:
     def missing_file(self, request: Mapping[str, Any]) -> bytes | None:
         """Made-up content for a Secret file that is not here. A real machine makes nothing up."""
         return None
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> None:
-        """Follows none: a message would arrive as a GET, a login page be taken for the service."""
 
 
 def _path() -> str:
@@ -680,20 +673,98 @@ def _https(
     url: str,
     context: ssl.SSLContext,
     seconds: float,
-    body: bytes | None = None,
+    body: bytes = b"",
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     parts = urlsplit(url)
-    server = http.client.HTTPSConnection(
-        parts.hostname or "", parts.port, timeout=seconds, context=context
-    )
-    with contextlib.closing(server):
-        try:
-            server.request(method, parts.path, body, dict(headers or {}))
-            answer = server.getresponse()
-            return answer.status, answer.read(FILE_BYTES).decode("utf-8", "replace")
-        except http.client.HTTPException as error:
-            raise OSError(str(error) or type(error).__name__) from None
+    address = parts.hostname or ""
+    with contextlib.closing(_socket(address)) as plain:
+        plain.settimeout(seconds)
+        plain.connect((address, parts.port or 443))
+        with context.wrap_socket(plain) as secure:
+            return _exchange(secure, method, parts.path, body, headers)
+
+
+def _exchange(
+    service: socket.socket,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Status and answer of a request in HTTP/1.0, whose answer ends with the connection; raises
+    OSError. http.client takes longer to load than a healthy cluster to be looked at."""
+    lines = {"Host": "localhost", "Content-Length": len(body), **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    service.sendall(f"{method} {path} HTTP/1.0\r\n{head}\r\n".encode() + body)
+    answer = bytearray()
+    for piece in iter(lambda: service.recv(65536), b""):
+        answer += piece
+        if len(answer) > ANSWER_BYTES:
+            raise OSError(f"an answer larger than {ANSWER_BYTES} bytes")
+    said, end, content = bytes(answer).partition(b"\r\n\r\n")
+    status = re.match(rb"HTTP/1\.[01] (\d{3})\b", said)
+    if not status or not end:
+        raise OSError("no answer in HTTP")
+    return int(status.group(1)), content.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _opened(
+    url: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    follow: bool = True,
+) -> Iterator[Any]:
+    """The answer of a URL, which may be reached through the environment's proxy. Raises OSError.
+    Without ``follow`` a redirection is an answer, and an error's status too."""
+    # Loaded where it is used: few verbs do, and it takes longer than most of them.
+    import http.client
+    import urllib.request as web
+
+    if follow:
+        opener = web.build_opener()
+    else:
+        opener = web.OpenerDirector()
+        for handler in (web.ProxyHandler(), web.HTTPHandler(), web.HTTPSHandler()):
+            opener.add_handler(handler)
+    try:
+        request = web.Request(url, body, dict(headers or {}))
+        with opener.open(request, timeout=QUERY_SECONDS) as answer:
+            yield answer
+    except http.client.HTTPException as error:
+        raise OSError(str(error) or type(error).__name__) from None
+
+
+def _at_socket(path: str, seconds: float) -> socket.socket:
+    """A connection to a service that listens on a socket file. Raises OSError."""
+    service = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    service.settimeout(seconds)
+    try:
+        service.connect(path)
+    except OSError:
+        service.close()
+        raise
+    return service
+
+
+def _docker_socket() -> str | None:
+    """The socket file at which Docker's client finds its daemon; None where it finds it elsewhere
+    (docs.docker.com/engine/manage-resources/contexts)."""
+    host = os.environ.get("DOCKER_HOST")
+    if host:
+        return host[len("unix://") :] if host.startswith("unix://") else None
+    context = os.environ.get("DOCKER_CONTEXT")
+    directory = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    try:
+        with open(f"{directory}/config.json", encoding="utf-8") as file:
+            context = context or json.load(file).get("currentContext")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, AttributeError):
+        return None
+    return "/var/run/docker.sock" if context in (None, "", "default") else None
 
 
 def _socket(address: str, protocol: str = "tcp") -> socket.socket:

@@ -455,7 +455,7 @@ def test_real_machine_asks_a_service_on_a_socket_file(tmp_path: Path) -> None:
         made = Machine().post(str(tmp_path / "docker.sock"), "/v1.41/containers/create", given)
         thread.join(10)
     assert made == (201, '{"Id": "1"}')
-    assert b"POST /v1.41/containers/create HTTP/1.1" in heard[0]
+    assert b"POST /v1.41/containers/create HTTP/1.0" in heard[0]
     with pytest.raises(OSError, match="No such file"):
         Machine().post(str(tmp_path / "absent.sock"), "/", {})
 
