@@ -91,7 +91,7 @@ DownloadUrl = Annotated[
         "http:// or https:// with host and path, without user or password",
         "write the address of the file itself; what is there is checked by its sha256",
         "https://mirror.example.org/k3d-linux-amd64",
-        r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~+-]+)+",
+        r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?(?:/(?:[A-Za-z0-9._~+-]|%[0-9A-Fa-f]{2})+)+",
     ),
 ]
 
