@@ -57,6 +57,7 @@ from hostctl.k3s_service import (
     k3s_stop_unit,
     k3s_wait,
     link_kubectl,
+    unlink_kubectl,
 )
 from hostctl.machine import Machine, TookTooLong, ToolMissing
 from hostctl.preflight import Finding, cgroup_findings, module_findings, room_findings
@@ -786,6 +787,7 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
         # The password by which its cluster knew this node; a new one joins with a new password.
         for path in [*files, "/etc/rancher/node/password", f"{K3S_BINARY}.new", K3S_BINARY]:
             machine.remove(path)
+        unlink_kubectl(machine)
         for unit in K3S_UNITS.values():
             machine.remove(f"{K3S_UNIT_DIRECTORY}/{unit}")
         run_tool(machine, ["systemctl", "daemon-reload"], step, "failed", timeout=120.0)

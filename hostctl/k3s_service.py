@@ -102,9 +102,16 @@ def link_kubectl(machine: Machine) -> bool:
     """Makes kubectl of k3s' own where the machine has none, as get.k3s.io does."""
     if machine.has_program("kubectl") or machine.exists(_KUBECTL_LINK):
         return False
-    argv = ["ln", "--symbolic", K3S_BINARY, _KUBECTL_LINK]
+    argv = ["ln", "--symbolic", "--force", K3S_BINARY, _KUBECTL_LINK]
     run_tool(machine, argv, "linking kubectl to k3s", "failed")
     return True
+
+
+def unlink_kubectl(machine: Machine) -> None:
+    """Takes that kubectl away where k3s is gone: a link that leads to nothing."""
+    directory, _, name = _KUBECTL_LINK.rpartition("/")
+    if name in machine.names(directory) and not machine.exists(_KUBECTL_LINK):
+        machine.remove(_KUBECTL_LINK)
 
 
 def k3s_start_unit(machine: Machine, unit: str) -> None:

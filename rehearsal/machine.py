@@ -1550,8 +1550,10 @@ class RehearsalMachine(Machine):
         return _done()
 
     def _link(self, words: list[str]) -> Ran:
-        _, (target, path) = _options(words, ["--symbolic"])
+        options, (target, path) = _options(words, ["--symbolic", "--force"])
         self.make_directory(os.path.dirname(path), 0o755)
+        if "--force" in options:
+            self._file(path).unlink(missing_ok=True)
         self._file(path).symlink_to(self._file(target))
         tools = self.setting("missing-tools.json", [])
         self.set("missing-tools.json", [one for one in tools if one != os.path.basename(path)])

@@ -387,6 +387,20 @@ def test_kubectl_is_k3ss_own_where_there_is_none(tower: Tower) -> None:
     assert "kubectl" not in tower.worker.up(tower.agent())["changed"]
 
 
+def test_k3ss_own_kubectl_goes_with_it_and_comes_again(tower: Tower) -> None:
+    machine = tower.master.machine
+    for _ in range(2):
+        machine.set("missing-tools.json", ["kubectl"])
+        assert "kubectl" in tower.master.up(tower.server())["changed"]
+        tower.master("k3s remove", tower.server())
+        assert "kubectl" not in machine.names("/usr/local/bin")
+    # One that was left behind does not keep another from being made.
+    machine.set("missing-tools.json", ["kubectl"])
+    machine.run(["ln", "--symbolic", "/usr/local/bin/none", "/usr/local/bin/kubectl"])
+    machine.set("missing-tools.json", ["kubectl"])
+    assert "kubectl" in tower.master.up(tower.server())["changed"]
+
+
 def test_an_agent_without_its_server_installs_nothing(tower: Tower) -> None:
     error = tower.worker("k3s ensure", tower.agent(), 4)
     assert MASTER in error["cause"]
