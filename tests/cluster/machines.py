@@ -6,9 +6,12 @@ network namespace without a way out; in it, as on an operator's machine, run the
 and the server of k3s' releases. systemd is played by `systemd.py`.
 """
 
+import base64
+import bz2
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,9 +21,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hostctl import program
 from setup import ssh
 from setup.cluster import Rig
 from tests.cluster.engine import Engine
+from tests.cluster.mutants import mutated
 
 _NETWORK = "192.0.2"
 _RELEASES = f"http://{_NETWORK}.1:8000"
@@ -221,6 +226,20 @@ class Machine(Engine):
 
     def read(self, path: str) -> str:
         return self.run(["cat", path]).stdout
+
+
+def shipped(more: str = "") -> str:
+    """hostctl as the stack ships it, packed, which asks more often, and k3s for its token at the
+    stand-in's port; `more` is defined before it begins."""
+    text = mutated(program.text())
+    for pattern, replacement in (
+        (r"^PROGRESS_SECONDS = .*$", "PROGRESS_SECONDS = 0.5"),
+        (r"(?<=Value\(server_url, \"https://127\.0\.0\.1:)6443", "9345"),
+    ):
+        text, found = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+        assert found == 1, pattern
+    body, guard, end = text.partition('\nif __name__ == "__main__":')
+    return base64.b64encode(bz2.compress(f"{body}\n{more}\n{guard}{end}".encode())).decode()
 
 
 def _processes(namespace: str) -> list[int]:

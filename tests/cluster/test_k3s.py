@@ -5,8 +5,6 @@ The stack's own Connection carries hostctl and its specs. The machines are names
 and their k3s stand-ins; API servers, etcd, SSH and the download are real.
 """
 
-import base64
-import bz2
 import copy
 import json
 import re
@@ -19,11 +17,9 @@ from components import host as host_module
 from components import settings
 from components.cluster.k3s import node_spec
 from components.host import Connection, Unreachable
-from hostctl import program
 from hostctl.k3s_node import k3s_token_digest
 from setup import cluster as rig
-from tests.cluster.machines import Lan, Machine
-from tests.cluster.mutants import mutated
+from tests.cluster.machines import Lan, Machine, shipped
 
 pytestmark = pytest.mark.cluster
 
@@ -76,16 +72,6 @@ _dying("publish", lambda written, path: path)
 _dying("remove", lambda path: path if os.path.exists(path) else None)
 _dying("put", lambda url, *_: url)
 '''
-
-
-def shipped() -> str:
-    """hostctl as the stack ships it, packed, which asks more often and can be killed."""
-    text = mutated(program.text())
-    text, found = re.subn(r"^PROGRESS_SECONDS = .*$", "PROGRESS_SECONDS = 0.5", text, flags=re.M)
-    assert found == 1
-    body, guard, end = text.partition('\nif __name__ == "__main__":')
-    text = f"{body}\n{_KILLED}\n{guard}{end}"
-    return base64.b64encode(bz2.compress(text.encode())).decode()
 
 
 class Node:
@@ -274,7 +260,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tower]:
         return lan.shell(command, stdin)
 
     patch.setattr(host_module.local, "run", run)
-    hostctl = shipped()
+    hostctl = shipped(_KILLED)
     patch.setattr(host_module.program, "packed", lambda: hostctl)
     try:
         lan.open()
