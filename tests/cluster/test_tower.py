@@ -194,6 +194,7 @@ def test_sqlite_becomes_etcd_when_that_is_confirmed_and_goes_back(tower: RealTow
     told = "datastore is sqlite, declared etcd: up converts it, after a backup"
     assert any(told in text for text in failed.diagnostics)
     assert "the conversion to etcd failed and was undone" in failed.stdout
+    first.run(["rm", "/etc/rancher/k3s/opening.json"])
     assert tower.marks() == ["before"]
     assert first.run(["ls", f"{DATA}/server/db"]).stdout.split()[0] == "state.db"
 
