@@ -79,9 +79,15 @@ class RolePassword(Model):
         " role itself where left out.",
     )
     database: Role = Field(default="postgres", description="A database to connect to.")
-    key: DataKey = Field(
-        default="password", description="Key of the Secret that holds the password."
-    )
+    key: Annotated[
+        str,
+        Text(
+            "a key of the Secret",
+            "name the key that holds the password",
+            "password",
+            r"[A-Za-z0-9._][A-Za-z0-9._-]{0,252}",
+        ),
+    ] = Field(default="password", description="Key of the Secret that holds the password.")
 
 
 class Secret(Model):
