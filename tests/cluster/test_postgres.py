@@ -188,7 +188,7 @@ def test_a_killed_verification_leaves_a_database_that_the_next_run_drops(postgre
     for name in theirs:
         psql(host, f"create database {name}")
     host.done("backup", "run", spec={**SPEC, "keep": 3})
-    put_aside(host, "pg_restore", "cat > /dev/null; : > /tmp/began; exec sleep 1000")
+    put_aside(host, "pg_restore", "cat > /dev/null; echo $$ > /tmp/began; exec sleep 1000")
     verify = host.begin("backup", "verify", spec=SPEC)
     with verify:
         host.engine.docker(
