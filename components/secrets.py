@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class SecretValue:
     data: Mapping[str, str] = field(repr=False)
     seed_only: bool = False
     rollout: bool = True
+    postgres: settings.RolePassword | None = None
+    """The role whose password it holds; of a copy none, as the original has it."""
 
     @property
     def digest(self) -> str:
@@ -149,6 +152,9 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
         problem := settings.auth_key_problem(base64.b64decode(data[_AUTH_KEY]).decode("latin-1"))
     ):
         raise _Unusable(f"{source.files.get(_AUTH_KEY, _AUTH_KEY)}: {problem}")
+    role = None if secret.copy_of else source.postgres
+    if role:
+        _require_password(role, data)
     return SecretValue(
         namespace=secret.namespace,
         name=secret.name,
@@ -156,6 +162,7 @@ def _value(secret: settings.DeclaredSecret, files: Mapping[str, dict[str, Any]])
         data=data,
         seed_only=source.seed_only,
         rollout=source.rollout,
+        postgres=role,
     )
 
 
@@ -220,6 +227,16 @@ def _require_keys(secret_type: str, data: Mapping[str, str]) -> None:
             raise _Unusable(".dockerconfigjson is not JSON") from None
 
 
+def _require_password(role: settings.RolePassword, data: Mapping[str, str]) -> None:
+    if role.key not in data:
+        raise _Unusable(f"it has no key {role.key}, which holds the password of role {role.role}")
+    if not re.fullmatch(rb"[ -~]{1,1000}", base64.b64decode(data[role.key])):
+        raise _Unusable(
+            f"{role.key}, the password of role {role.role}, must be printable ASCII: others reach"
+            " PostgreSQL in another form from each client"
+        )
+
+
 def _encoded(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
@@ -250,12 +267,16 @@ class Secrets(pulumi.ComponentResource):
             if value.seed_only:
                 self._seed(value)
             else:
-                managed[value.namespace].append((value, self._secret(value)))
+                # The database first: one that cannot be told leaves all with the old password.
+                after = [self._password(value, value.postgres)] if value.postgres else []
+                managed[value.namespace].append((value, self._secret(value, after)))
         for namespace, secrets in managed.items():
             self._rollout(namespace, secrets)
         self.register_outputs({})
 
-    def _secret(self, value: SecretValue) -> kubernetes.core.v1.Secret:
+    def _secret(
+        self, value: SecretValue, after: Sequence[pulumi.Resource]
+    ) -> kubernetes.core.v1.Secret:
         return kubernetes.core.v1.Secret(
             f"{value.namespace}/{value.name}",
             metadata={
@@ -269,8 +290,25 @@ class Secrets(pulumi.ComponentResource):
                 parent=self,
                 provider=self._cluster.provider,
                 deleted_with=self._cluster.identity,
-                depends_on=self._namespace(value.namespace),
+                depends_on=[*self._namespace(value.namespace), *after],
             ),
+        )
+
+    def _password(self, value: SecretValue, role: settings.RolePassword) -> pulumi.Resource:
+        return self._cluster.host.command(
+            f"password {value.namespace}/{value.name}",
+            ["postgres", "password"],
+            {
+                "kubeconfig": self._cluster.kubeconfig,
+                "namespace": value.namespace,
+                **role.model_dump(mode="json", exclude={"key"}),
+                "user": role.user or role.role,
+                "password": base64.b64decode(value.data[role.key]).decode("ascii"),
+            },
+            secret=True,
+            # In another cluster nothing has been seen yet.
+            triggers=[self._cluster.incarnation],
+            opts=pulumi.ResourceOptions(parent=self, depends_on=[self._cluster.provider]),
         )
 
     def _seed(self, value: SecretValue) -> None:

@@ -19,6 +19,9 @@ from hostctl.spec import (
     DNS_LABEL,
     NAME_SPEC,
     OBJECT_NAME,
+    POSTGRES_NAME,
+    POSTGRES_WORKLOAD,
+    SCALED_WORKLOAD,
     Items,
     Value,
     absolute_path,
@@ -26,15 +29,12 @@ from hostctl.spec import (
     number_between,
     one_of,
     or_null,
-    text_matching,
 )
 from hostctl.tools import run_tool
 from hostctl.waiting import size_text
 
 BACKUP_SECONDS = 24 * 3600.0
 SCALE_SECONDS = 600.0
-_ROLE = text_matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", "a name of PostgreSQL")
-_WORKLOAD = r"(deployment|statefulset)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 BACKUP_ITEM: dict[str, Any] = {
     "name": Value(DNS_LABEL),
     "kind": Value(one_of("volume", "postgres", "directory", "datastore")),
@@ -42,21 +42,11 @@ BACKUP_ITEM: dict[str, Any] = {
     "stale_after_hours": Value(or_null(number_between(1, 87600)), None),
     "claim": Value(or_null(OBJECT_NAME), None),
     "path": Value(or_null(absolute_path), None),
-    "scale_down": Value(
-        or_null(text_matching(_WORKLOAD, "deployment/NAME or statefulset/NAME")), None
-    ),
-    "workload": Value(
-        or_null(
-            text_matching(
-                rf"{_WORKLOAD}|pod/[a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?",
-                "deployment/NAME, statefulset/NAME or pod/NAME",
-            )
-        ),
-        None,
-    ),
+    "scale_down": Value(or_null(SCALED_WORKLOAD), None),
+    "workload": Value(or_null(POSTGRES_WORKLOAD), None),
     "container": Value(or_null(DNS_LABEL), None),
-    "database": Value(or_null(_ROLE), None),
-    "user": Value(or_null(_ROLE), None),
+    "database": Value(or_null(POSTGRES_NAME), None),
+    "user": Value(or_null(POSTGRES_NAME), None),
 }
 BACKUP_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
@@ -159,8 +149,9 @@ def backup_list(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Scales back what a backup had scaled to 0 when it was cut off, to the number it had before.
-    Runs after every backup and after the cluster's start at boot."""
+    """Scales back what a backup had scaled to 0 when it was cut off, to the number it had before,
+    and drops the scratch databases of a verification that was. Runs before every backup and after
+    the cluster's start at boot."""
     name = checked(spec, NAME_SPEC, "backup recover")["name"]
     recovered = []
     with cluster_lock(machine, name):
@@ -169,6 +160,9 @@ def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
             cluster = running_cluster(machine, name, "scaling back workloads of")
             _scale_back(machine, cluster, scaled)
             recovered.append(f"{scaled['namespace']}/{scaled['workload']}")
+    if read_record(machine, name).get("scratch"):
+        with machine.lock(f"backup-{name}"):
+            recovered += drop_leftovers(machine, name)
     return {"recovered": recovered}
 
 
@@ -578,6 +572,57 @@ def _measure(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: 
 
 def _login(item: Mapping[str, Any]) -> list[str]:
     return ["--no-password", f"--username={item['user']}", f"--dbname={item['database']}"]
+
+
+@contextlib.contextmanager
+def scratch_database(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str
+) -> Iterator[str]:
+    """The name of a database in the item's PostgreSQL that nobody else has, and which is dropped in
+    the end. It is in the record before it is made, so that `backup recover` drops it even after a
+    kill."""
+    database = f"homelab_verify_{machine.nonce()}"
+    scratch = {key: item[key] for key in ("namespace", "workload", "container", "user")}
+    scratch["database"] = database
+    with cluster_lock(machine, cluster.name):
+        known = read_record(machine, cluster.name).get("scratch") or []
+        write_record(machine, cluster.name, scratch=[*known, scratch])
+    try:
+        yield database
+    finally:
+        drop_scratch(machine, cluster, scratch, step)
+
+
+def drop_leftovers(machine: Machine, name: str) -> list[str]:
+    """Drops the scratch databases of verifications that were killed, and returns their names. The
+    caller holds the lock of backups. One that cannot be dropped now is tried again next time: it is
+    no reason to have no backup until then."""
+    dropped = []
+    for scratch in read_record(machine, name).get("scratch") or []:
+        step = f"dropping scratch database {scratch['namespace']}/{scratch['database']}"
+        try:
+            cluster = running_cluster(machine, name, f"{step} of")
+            drop_scratch(machine, cluster, scratch, step)
+        except Failure as failure:
+            say(f"{step}: {failure.cause}")
+        else:
+            dropped.append(f"{scratch['namespace']}/{scratch['database']}")
+    return dropped
+
+
+def drop_scratch(machine: Machine, cluster: Cluster, scratch: Mapping[str, Any], step: str) -> None:
+    drop_database(machine, cluster, scratch, scratch["database"], step)
+    with cluster_lock(machine, cluster.name):
+        known = read_record(machine, cluster.name).get("scratch") or []
+        write_record(machine, cluster.name, scratch=[one for one in known if one != scratch])
+
+
+def drop_database(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], database: str, step: str
+) -> None:
+    # By force: a pg_restore that outlived the hostctl that began it may still be connected.
+    user = [f"--username={item['user']}", "--no-password"]
+    in_pod(machine, cluster, item, ["dropdb", "--if-exists", "--force", *user, database], step)
 
 
 def in_pod(

@@ -49,6 +49,7 @@ from hostctl.move import (
     move_verify,
     move_withdraw,
 )
+from hostctl.passwords import postgres_password
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record
@@ -388,6 +389,19 @@ VERBS: dict[tuple[str, ...], Verb] = {
             "kubeconfig": _KUBECONFIG_EXAMPLE,
             "namespace": "factory",
             "secrets": {"minio-creds": "(a digest of its data)"},
+        },
+    ),
+    ("postgres", "password"): Verb(
+        postgres_password,
+        {
+            "kubeconfig": _KUBECONFIG_EXAMPLE,
+            "namespace": "factory",
+            "workload": "statefulset/skillai-db",
+            "container": None,
+            "database": "postgres",
+            "user": "skillai",
+            "role": "skillai",
+            "password": "(the text)",
         },
     ),
     ("argocd", "resolve"): Verb(

@@ -33,6 +33,7 @@ MODULES = (
     "acceptance",
     "install",
     "workloads",
+    "passwords",
     "existing",
     "storage",
     "argocd",

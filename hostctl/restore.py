@@ -11,11 +11,14 @@ from hostctl.backups import (
     as_failure,
     backups_beside,
     claim_directory,
+    drop_database,
+    drop_leftovers,
     in_pod,
     kubectl_in_node,
     require_room,
     running_cluster,
     scaled_down,
+    scratch_database,
     whole_backups,
 )
 from hostctl.cluster import Cluster, parse_json
@@ -59,16 +62,17 @@ def backup_verify(machine: Machine, spec: dict[str, Any]) -> Result:
     """Restores the newest copy of each item from each target into a scratch place, and compares.
 
     A volume, directory or datastore is unpacked and compared with its archive, whose checksum is
-    that of the original's; SQLite is asked for its integrity. A database is restored into one of
-    its own in the same PostgreSQL, and dropped. When that was and how long it took is recorded, and
-    previews tell it. Before that, what restic forgot is removed and the repository checked. One
-    that fails does not keep the others from being verified.
+    that of the original's; SQLite is asked for its integrity. A database is restored into a scratch
+    one in the same PostgreSQL, which is dropped, by `backup recover` after a kill. When that was
+    and how long it took is recorded, and previews tell it. Before that, what restic forgot is
+    removed and the repository checked. One that fails does not keep the others from being verified.
     """
     wanted = checked(spec, VERIFY_SPEC, "backup verify")
     name = wanted["cluster"]
     verified: dict[str, dict[str, Any]] = {}
     failed: dict[str, Failure] = {}
     with machine.lock(f"backup-{name}"):
+        drop_leftovers(machine, name)
         for target in wanted["targets"]:
             at = target["name"]
             try:
@@ -134,12 +138,8 @@ def _verify(
         path = _fetched(machine, name, target, snapshot, directory, step)
         if item["kind"] == "postgres":
             cluster = running_cluster(machine, name, f"verifying {item['name']} of")
-            database = f"{item['database']}_verify"
-            _drop(machine, cluster, item, database, step)
-            try:
+            with scratch_database(machine, cluster, item, step) as database:
                 _restore_database(machine, cluster, item, database, path, step)
-            finally:
-                _drop(machine, cluster, item, database, step)
         else:
             _unpack(machine, path, f"{directory}/tree", step)
             if item["kind"] == "datastore":
@@ -180,10 +180,10 @@ def backup_restore(machine: Machine, spec: dict[str, Any]) -> Result:
         if wanted["into"]:
             to = _restore_into(machine, item, path, wanted["into"], step)
         elif item["kind"] == "postgres":
-            to = f"{item['database']}_restored"
+            to = _beside(item, wanted["items"], step)
             cluster = running_cluster(machine, name, f"restoring {item['name']} of")
             if confirmed:
-                _drop(machine, cluster, item, to, step)
+                drop_database(machine, cluster, item, to, step)
             _restore_database(machine, cluster, item, to, path, step)
         elif item["kind"] == "datastore":
             remedy = "name an empty directory with --into; docs/host.md has the rest"
@@ -368,11 +368,14 @@ def _refuse_in_use(machine: Machine, cluster: Cluster, item: Mapping[str, Any], 
         raise Failure("refused", step, f"pods use it: {', '.join(users)}", remedy)
 
 
-def _drop(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], database: str, step: str
-) -> None:
-    user = [f"--username={item['user']}", "--no-password"]
-    in_pod(machine, cluster, item, ["dropdb", "--if-exists", *user, database], step)
+def _beside(item: Mapping[str, Any], items: Any, step: str) -> str:
+    """The name of the database that a restore makes, at most 63 bytes: PostgreSQL would cut off
+    what is longer, and take it for another one."""
+    to = f"{item['database'][:54]}_restored"
+    if to in [one["database"] for one in items if one["kind"] == "postgres"]:
+        cause = f"{to}, where it would be restored, is itself declared as a database"
+        raise Failure("refused", step, cause, "rename that database, or restore --into a directory")
+    return to
 
 
 def _restore_database(

@@ -284,6 +284,13 @@ DNS_LABEL = text_matching(
 OBJECT_NAME = text_matching(
     r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", "the name of a Kubernetes object"
 )
+_SCALED = r"(deployment|statefulset)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
+SCALED_WORKLOAD = text_matching(_SCALED, "deployment/NAME or statefulset/NAME")
+POSTGRES_WORKLOAD = text_matching(
+    rf"{_SCALED}|pod/[a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?",
+    "deployment/NAME, statefulset/NAME or pod/NAME",
+)
+POSTGRES_NAME = text_matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", "a name of PostgreSQL")
 CONTAINER_NAME = text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}", "the name of a container")
 ACCOUNT = text_matching(
     r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,63}", "the name or number of a user or group"

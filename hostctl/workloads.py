@@ -138,7 +138,7 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
     if listed.code:
         raise Failure("failed", step, listed.complaint, _doctor_remedy())
     with machine.lock(f"rollout-{namespace}"):
-        ledger = f"{STATE_DIRECTORY}/rollouts/{_cluster_of(machine, path)}/{namespace}.json"
+        ledger = f"{STATE_DIRECTORY}/rollouts/{cluster_of(machine, path)}/{namespace}.json"
         key, last, seen = _read_ledger(machine, ledger)
         keyed = {
             name: hmac.new(key.encode(), digest.encode(), "sha256").hexdigest()
@@ -206,7 +206,7 @@ def secrets_of(pod: Mapping[str, Any]) -> set[str]:
     return {name for name in names if name}
 
 
-def _cluster_of(machine: Machine, kubeconfig_path: str) -> str:
+def cluster_of(machine: Machine, kubeconfig_path: str) -> str:
     """16 hex digits that tell the kubeconfig's cluster from others."""
     text = machine.read(kubeconfig_path).decode("utf-8", "replace")
     found = re.search(r"certificate-authority-data:\s*(\S+)", text)

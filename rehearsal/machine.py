@@ -24,6 +24,7 @@ World, below `<rehearsal>/world/machine/`:
   orphans.json              {"<volume>": what `docker volume inspect` shows beside its name}
   dangling.json             {"<image id>": bytes}, images without a tag; build-cache: its size
   databases.json            {"<namespace>/<workload>": {"<database>": {"content", "rows"}}}
+  roles.json                {"<namespace>/<workload>": {"<role>": "<verifier of its password>"}}
   init.json, systemd.json, middleware.json  see rehearsal/init.py
   git.json                  {"<repository>": {"unreachable": bool, "refs": {"refs/heads/main":
                             "<commit>"}}}; a repository that is not listed has every branch, at a
@@ -910,8 +911,9 @@ class RehearsalMachine(Machine):
             kind, _, name = workload.partition("/")
             return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
         values = ["--username", "--dbname", "--command", "--format", "--file", "--template"]
-        flags = ["--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
-        flags += ["--if-exists", "--exit-on-error", "--no-owner"]
+        values.append("--set")
+        flags = ["--quiet", "--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
+        flags += ["--if-exists", "--force", "--exit-on-error", "--no-owner"]
         given, operands = _options(argv[1:], flags, values)
         if argv[0] == "createdb":
             if operands[0] in pod:
@@ -929,6 +931,15 @@ class RehearsalMachine(Machine):
             if "--dbname" in given:
                 pod[given["--dbname"]]["content"] = input[6:-4].decode()
                 self.set("databases.json", databases)
+            return _done()
+        altered = re.fullmatch(r"""ALTER ROLE "(.+)" PASSWORD '(.+)';\n""", input.decode())
+        if argv[0] == "psql" and altered:
+            role, verifier = altered.groups()
+            roles = self.setting("roles.json", {})
+            key = f"{options['--namespace']}/{workload}"
+            if role not in roles.get(key, {}):
+                return _failed(f'ERROR:  role "{role}" does not exist')
+            self.set("roles.json", {**roles, key: {**roles[key], role: verifier}})
             return _done()
         database = pod.get(given["--dbname"])
         if database is None:
@@ -1614,6 +1625,8 @@ class RehearsalMachine(Machine):
 
     def kubectl_of(self, ca: str, words: list[str], input: bytes) -> Ran:
         """kubectl on the cluster of a CA (base64)."""
+        if words[0] == "exec":
+            return self._in_pod(words[1:], input)
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 

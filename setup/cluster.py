@@ -9,6 +9,7 @@ system.
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ _IPTABLES = [
     "libnetfilter-conntrack3",
 ]
 _ENGINE_PACKAGES = ["docker.io", "containerd", "runc", "tini", *_IPTABLES]
+# What PostgreSQL is run with, of all that Debian's would be installed with: no Perl, no compiler.
+_POSTGRES_PACKAGES = re.compile(r"postgresql-(client-)?\d+|tzdata|zlib1g|lib(?!llvm|z3|.*perl).*")
 _NODE_PACKAGES = ["busybox-static", "libc6", "libc-bin", *_IPTABLES]
 
 
@@ -56,6 +59,8 @@ class Rig:
     first: list[Path]
     last: Path
     node_root: Path
+    postgres: Path
+    """The root file system of PostgreSQL's image."""
 
 
 def refusal() -> str | None:
@@ -96,8 +101,11 @@ def resolve() -> Rig:
         f"node-root-{_debian()}-{_digest(stand_in.name)}",
         lambda directory: _node_root(directory, [components, versioned], stand_in),
     )
+    postgres = cache.install(
+        f"postgres-{_debian()}-{_digest(_POSTGRES_PACKAGES.pattern)}", _postgres_root
+    )
     path = [k3d.directory, versioned / "bin", components / "bin", backup / "bin"]
-    return Rig(path, engine / "bin", root / "root")
+    return Rig(path, engine / "bin", root / "root", postgres / "root")
 
 
 def _k3d_release(directory: Path) -> str:
@@ -239,6 +247,27 @@ def _node_root(directory: Path, components: list[Path], stand_in: Path) -> str:
     }.items():
         (root / "etc" / name).write_text(content)
     return "Debian packages and the project's Go modules"
+
+
+def _postgres_root(directory: Path) -> str:
+    """PostgreSQL's programs in /bin, a user who may run them, and busybox for a shell."""
+    root = directory / "root"
+    needed = debian.needed("PostgreSQL", "postgresql")
+    packages = [name for name in needed if _POSTGRES_PACKAGES.fullmatch(name)]
+    debian.unpack("PostgreSQL", [*packages, "busybox-static"], root)
+    for folder in ("bin", "etc", "tmp", "dev", "proc", "run/postgresql", "var/lib/postgresql"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for program in sorted(root.glob("usr/lib/postgresql/*/bin/*")):
+        (root / "bin" / program.name).symlink_to(f"/{program.relative_to(root)}")
+    for applet in ("sh", "su"):
+        (root / "bin" / applet).symlink_to("busybox")
+    (root / "var/run").symlink_to("/run")
+    users = "root:x:0:0:root:/root:/bin/sh\npostgres:x:999:999::/var/lib/postgresql:/bin/sh\n"
+    (root / "etc/passwd").write_text(users)
+    (root / "etc/group").write_text("root:x:0:\npostgres:x:999:\n")
+    return "Debian packages"
 
 
 def _debian() -> str:

@@ -1,6 +1,7 @@
 """Debian packages, unpacked into the cache: nothing is installed and no script of one is run."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from setup import cache
@@ -24,3 +25,15 @@ def unpack(step: str, packages: list[str], root: Path) -> None:
     for archive in sorted(archives.iterdir()):
         cache.run(step, ["dpkg", "--extract", str(archive), str(root)])
     shutil.rmtree(archives)
+
+
+def needed(step: str, package: str) -> list[str]:
+    """The names of a package and of all that it depends on. Raises SetupError."""
+    ask = ["apt-cache", "depends", "--recurse", "--important", package]
+    for _ in range(2):
+        done = subprocess.run(ask, capture_output=True, text=True)
+        names = sorted({line for line in done.stdout.splitlines() if line[:1].isalpha()})
+        if names:
+            return names
+        cache.run(step, ["apt-get", "update"])
+    raise SetupError(f"{step}: apt-cache knows no package {package}")

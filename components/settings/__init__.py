@@ -38,6 +38,7 @@ from components.settings.network import (
 from components.settings.problem import Problem, SettingsError
 from components.settings.secrets import (
     DeclaredSecret,
+    RolePassword,
     Secret,
     SecretCopy,
     SecretType,
@@ -138,6 +139,7 @@ __all__ = [
     "Problem",
     "PublishedPort",
     "Role",
+    "RolePassword",
     "Route",
     "S3Target",
     "Secret",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr
 
 from components.settings.model import Model, Name, ObjectName, SecretFile, Text
+from components.settings.postgres import Role, Workload
 from components.settings.problem import HIDDEN, Path, Problem
 
 SecretType = Literal[
@@ -62,6 +63,33 @@ class SecretCopy(Model):
     name: ObjectName = Field(description="Name of the copy.")
 
 
+class RolePassword(Model):
+    """A role of PostgreSQL whose password a Secret holds: changed in the database when the value
+    changes, before the Secret is.
+    """
+
+    workload: Workload = Field(description="Whose first ready pod runs PostgreSQL.")
+    container: Name | None = Field(
+        default=None, description="Container of the pod; its first one where left out."
+    )
+    role: Role = Field(description="The role.")
+    user: Role | None = Field(
+        default=None,
+        description="Role that may change it, over the pod's local socket without a password; the"
+        " role itself where left out.",
+    )
+    database: Role = Field(default="postgres", description="A database to connect to.")
+    key: Annotated[
+        str,
+        Text(
+            "a key of the Secret",
+            "name the key that holds the password",
+            "password",
+            r"[A-Za-z0-9._][A-Za-z0-9._-]{0,252}",
+        ),
+    ] = Field(default="password", description="Key of the Secret that holds the password.")
+
+
 class Secret(Model):
     """A Kubernetes Secret and where its value comes from: `data` and `files`, or one `manifest`."""
 
@@ -103,6 +131,10 @@ class Secret(Model):
         strict=True,
         description="Restart the workloads that use it when its value changes.",
     )
+    postgres: RolePassword | None = Field(
+        default=None,
+        description="The role of PostgreSQL whose password it holds.",
+    )
 
     def problems(self, path: Path) -> Iterator[Problem]:
         """What is wrong across the fields of the Secret at ``path``."""
@@ -126,6 +158,26 @@ class Secret(Model):
                 "has no source",
                 sources,
             )
+        if self.postgres and self.seed_only:
+            yield Problem(
+                (*path, "postgres"),
+                None,
+                "a Secret that is not seedOnly",
+                "remove one of the two: what the cluster rotates itself, the stack does not",
+                "is declared beside seedOnly",
+                [(*path, "seedOnly")],
+            )
+        if self.postgres and not self.manifest:
+            key = self.postgres.key
+            if key not in self.data.keys() | self.files.keys():
+                yield Problem(
+                    (*path, "postgres", "key"),
+                    key,
+                    "a key under data or files",
+                    "name the key that holds the password",
+                    "names a key that the Secret does not have",
+                    sources,
+                )
         for key in self.data.keys() & self.files.keys():
             yield Problem(
                 (*path, "files", key),

@@ -16,6 +16,7 @@ from components.settings.model import (
     SecretFile,
     Text,
 )
+from components.settings.postgres import Role, Workload
 from components.settings.problem import HIDDEN, Path, Problem, key_path
 
 _OBJECT = r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?"
@@ -37,24 +38,6 @@ Scaled = Annotated[
         "name the workload that writes to the volume",
         "deployment/keycloak",
         rf"(?:deployment|statefulset)/{_OBJECT}",
-    ),
-]
-Workload = Annotated[
-    str,
-    Text(
-        "deployment/NAME, statefulset/NAME or pod/NAME",
-        "name the workload whose pod runs PostgreSQL",
-        "statefulset/postgres",
-        rf"(?:deployment|statefulset|pod)/{_OBJECT}",
-    ),
-]
-Role = Annotated[
-    str,
-    Text(
-        "a name of PostgreSQL: letters, digits, _ . and -, at most 63",
-        "write the name as psql shows it",
-        "skillai",
-        r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}",
     ),
 ]
 Hours = Annotated[

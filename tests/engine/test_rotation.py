@@ -1,8 +1,10 @@
 """Rotations of docs/rotation.md that test_edits.py has not."""
 
+import base64
 import json
 import subprocess
 
+from hostctl.passwords import scram_verifier
 from rehearsal.run import Secret
 from tests.engine.conftest import planned
 
@@ -63,3 +65,46 @@ def test_another_key_of_a_backups_target_is_one_file_of_the_host_and_shown_nowhe
         settings["backups"]["targets"] = {}
     p510.up()
     assert not p510.host_file(f"{file}.password").exists()
+
+
+def test_another_password_of_a_database_reaches_the_role_then_its_secret_then_who_uses_it(p510):
+    workload, old, new = "factory/statefulset/skillai-db", "made-up-old-word", "made-up-new-word"
+    p510.host.set("databases.json", {workload: {}})
+    p510.host.set("roles.json", {workload: {"skillai": "as the image made it"}})
+    with p510.edited() as settings:
+        settings["secrets"]["factory"]["skillai-db"] = {
+            "data": {"password": Secret(old)},
+            "postgres": {"workload": "statefulset/skillai-db", "role": "skillai"},
+        }
+    first = p510.up()
+    assert p510.host.setting("roles.json", {})[workload]["skillai"] == "as the image made it"
+
+    def password() -> str:
+        secret = json.loads((p510.objects / "factory/Secret/skillai-db.json").read_text())
+        return base64.b64decode(secret["data"]["password"]).decode()
+
+    with p510.edited() as settings:
+        settings["secrets"]["factory"]["skillai-db"]["data"]["password"] = Secret(new)
+    preview = p510.preview()
+    assert planned(preview) == {
+        "update Command password factory/skillai-db",
+        "update Secret factory/skillai-db",
+        "update Command rollout factory",
+    }
+    # A database that cannot be told leaves all with the old password.
+    p510.host.set("roles.json", {workload: {}})
+    failed = p510.up(check=False)
+    assert failed.code != 0
+    assert password() == old
+
+    p510.host.set("roles.json", {workload: {"skillai": "as the image made it"}})
+    second = p510.up()
+    verifier = p510.host.setting("roles.json", {})[workload]["skillai"]
+    salt = base64.b64decode(verifier.split(":")[1].split("$")[0])
+    assert verifier == scram_verifier(new, salt)
+    assert password() == new
+    assert planned(p510.preview()) == set()
+    shown = "".join(run.stdout + run.stderr for run in (first, preview, failed, second))
+    state = p510.pulumi("stack", "export").stdout
+    for secret in (old, new, verifier):
+        assert secret not in shown + state

@@ -37,9 +37,14 @@ HOUR = 3600
 
 @pytest.fixture
 def live(tmp_path: Path) -> Host:
-    """A cluster with Keycloak's claim, volume and Deployment, and a database."""
     host = Host(tmp_path)
     host.up()
+    hold_data(host)
+    return host
+
+
+def hold_data(host: Host) -> None:
+    """A cluster gets Keycloak's claim, volume and Deployment, and a database."""
     labels = {"app": "keycloak"}
     claim = {"volumeName": "pvc-1"}
     node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE]}
@@ -58,7 +63,6 @@ def live(tmp_path: Path) -> Host:
     write(host, f"{STORAGE}/{DATA}/h2/keycloakdb.mv.db", "H2")
     database = {"skillai": {"content": "rows", "rows": "10/0/0"}}
     host.machine.set("databases.json", {"factory/statefulset/skillai-db": database})
-    return host
 
 
 def put(host: Host, key: str, spec: dict[str, Any], labels: dict[str, str] | None = None) -> None:

@@ -2,6 +2,7 @@
 directory. Targets, with a real restic: tests/cluster/test_backups.py.
 """
 
+import json
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.unit.test_hostctl_backup import (
 )
 
 __all__ = ["live"]
+WORKLOAD = "factory/statefulset/skillai-db"
 H2 = f"{STORAGE}/{DATA}/h2/keycloakdb.mv.db"
 
 
@@ -144,3 +146,32 @@ def test_without_restic_on_the_host_the_remedy_says_where_to_get_it(live: Host) 
     assert "target nas: restic is not on PATH" in error["cause"]
     assert "install restic 0.17 or newer" in error["remedy"]
     assert len(kept(live, "keycloak")) == 2
+
+
+def test_a_database_is_restored_over_no_other_that_is_declared(live: Host) -> None:
+    """Also where PostgreSQL would cut a name off at 63 bytes, and take it for that one."""
+    run(live, DATABASE)
+    other = {**DATABASE, "name": "other", "database": "skillai_restored"}
+    error = restore(live, DATABASE, code=3, confirm="factory", items=[DATABASE, other])
+    assert "skillai_restored, where it would be restored, is itself declared" in error["cause"]
+    long = {**DATABASE, "database": "x" * 54 + "_restored"}
+    live.machine.set("databases.json", {WORKLOAD: {long["database"]: {"content": "", "rows": ""}}})
+    run(live, long)
+    error = restore(live, long, code=3, confirm="factory", items=[long])
+    assert long["database"] in databases(live)
+    assert "is itself declared" in error["cause"]
+
+
+def test_a_scratch_database_that_was_left_goes_with_the_next_run_and_stops_none(live: Host) -> None:
+    keys = ("namespace", "workload", "container", "user")
+    left = {**{key: DATABASE.get(key) for key in keys}, "database": "homelab_verify_left"}
+    gone = {**left, "workload": "statefulset/gone"}
+    record = "/var/lib/homelab/clusters/factory.json"
+    content = json.loads(live.machine.read(record)) | {"scratch": [gone, left]}
+    live.machine.write_atomic(record, json.dumps(content).encode(), 0o644)
+    there = {**databases(live), "homelab_verify_left": {"content": "", "rows": "0"}}
+    live.machine.set("databases.json", {WORKLOAD: there})
+    run(live, DATABASE)
+    assert set(databases(live)) == {"skillai"}
+    assert "dropping scratch database factory/homelab_verify_left: " in live.said
+    assert json.loads(live.machine.read(record))["scratch"] == [gone]

@@ -5,21 +5,24 @@ prints what the page says.
 import contextlib
 import io
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hostctl import cli
 from rehearsal.machine import made_up_certificate
 from tests.unit.test_hostctl import Host
-from tests.unit.test_hostctl_backup import DATABASE
+from tests.unit.test_hostctl_backup import DATA, DATABASE, STORAGE, VOLUME, hold_data, write
 from tests.unit.test_hostctl_units import UNITS, install_hostctl
 from tests.unit.test_hostctl_watch import WATCH
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
 PAGES = sorted(page.stem for page in RUNBOOKS.glob("*.md") if page.stem != "README")
+STATE = "/var/lib/homelab/pulumi"
 ROUTE = "plex.example.org"
 
 
@@ -53,6 +56,23 @@ def serve_database(host: Host) -> None:
     host.machine.set("databases.json", {"factory/statefulset/skillai-db": database})
 
 
+def take_backups(host: Host, *items: dict[str, Any]) -> None:
+    hold_data(host)
+    host("units install", {**UNITS, "items": list(items)})
+    run(host, "hostctl backup run factory")
+
+
+def lose_data(host: Host) -> None:
+    take_backups(host, VOLUME, DATABASE)
+    host.machine.remove(f"{STORAGE}/{DATA}/h2/keycloakdb.mv.db")
+
+
+def lose_state(host: Host) -> None:
+    write(host, f"{STATE}/.pulumi/stacks/homelab/p510.json", "{}")
+    take_backups(host, {"name": "state", "kind": "directory", "path": STATE})
+    shutil.rmtree(host.machine._file(STATE))
+
+
 STATES: dict[str, Callable[[Host], None]] = {
     "cluster-stopped": stop,
     "docker-down": lose_docker,
@@ -60,6 +80,8 @@ STATES: dict[str, Callable[[Host], None]] = {
     "certificate-expired": expire,
     "disk-full": fill_disk,
     "backup-failed": serve_database,
+    "data-lost": lose_data,
+    "state-lost": lose_state,
 }
 """The bad day of each page."""
 
@@ -74,9 +96,17 @@ def renew(host: Host) -> None:
         host.edit(lambda cluster: cluster.pop("serving", None))
 
 
+_PSQL = (
+    "kubectl --namespace=factory exec statefulset/skillai-db -- psql --username=skillai --dbname="
+)
 OTHERS: dict[str, Callable[[Host], None]] = {
     "systemctl start docker": start_docker,
     "docker restart cloudflared-p510": lambda host: host.machine.set("web.json", {}),
+    f"{_PSQL}skillai_restored --command='\\dt+'": lambda _: None,
+    f"{_PSQL}postgres --command='alter database skillai rename to skillai_before'"
+    " --command='alter database skillai_restored rename to skillai'": lambda _: None,
+    "kubectl --namespace=factory scale deployment/skillai --replicas=0": lambda _: None,
+    "kubectl --namespace=factory scale deployment/skillai --replicas=1": lambda _: None,
     "kubectl --namespace=factory rollout restart deployment/cloudflared-factory": lambda _: None,
 }
 """What commands of others do on that host."""

@@ -23,8 +23,10 @@ var stages string
 // node is what kubelet and containerd are in k3s: a Node object, its pods, DNS for them.
 type node struct {
 	name, address, roles, resolvConf, dns, domain, kubeconfig, cidr string
-	labels, taints                                                  []string
-	serveDNS                                                        bool
+	// The authority of those who may exec, and the path of its own certificate without its ending.
+	clientCA, certificate string
+	labels, taints        []string
+	serveDNS              bool
 }
 
 func runAgent(ctx context.Context, arguments []string) error {
@@ -48,7 +50,7 @@ func runAgent(ctx context.Context, arguments []string) error {
 	n := &node{
 		name: o.nodeName, address: address, resolvConf: o.resolvConf, dns: "10.43.0.10",
 		domain: "cluster.local", kubeconfig: file, labels: o.nodeLabels, taints: o.nodeTaints,
-		serveDNS: true, cidr: "10.42.0.0/16",
+		serveDNS: true, cidr: "10.42.0.0/16", clientCA: dir + "/client-ca.crt", certificate: dir + "/client",
 	}
 	return supervise(ctx, n.run)
 }
@@ -79,6 +81,11 @@ func (n *node) run(ctx context.Context, running *processes) error {
 		}
 	}
 	go n.runPods(ctx, client)
+	go func() {
+		if err := n.serveExec(ctx, client); ctx.Err() == nil {
+			say("error", "kubectl exec is not served: %v", err)
+		}
+	}()
 	return nil
 }
 

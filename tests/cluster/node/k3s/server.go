@@ -296,7 +296,8 @@ func (s *server) bringUp(ctx context.Context, running *processes) error {
 		name: s.nodeName, address: s.address, roles: role, resolvConf: s.resolvConf, dns: s.clusterDNS,
 		domain: s.clusterDomain, kubeconfig: s.dir + "/cred/admin.kubeconfig",
 		labels: s.nodeLabels, taints: s.nodeTaints, serveDNS: !slices.Contains(s.disable, "coredns"),
-		cidr: s.clusterCIDR,
+		cidr: s.clusterCIDR, clientCA: s.tls + "/client-ca.crt",
+		certificate: s.tls + "/serving-kube-apiserver",
 	}
 	return n.run(ctx, running)
 }
@@ -325,6 +326,8 @@ func (s *server) apiserver(datastore []string) []string {
 		"--requestheader-username-headers=X-Remote-User",
 		"--proxy-client-cert-file=" + t + "/client-auth-proxy.crt",
 		"--proxy-client-key-file=" + t + "/client-auth-proxy.key", "--profiling=false",
+		"--kubelet-client-certificate=" + t + "/client-kube-apiserver.crt",
+		"--kubelet-client-key=" + t + "/client-kube-apiserver.key",
 	}
 	if file := s.dir + "/cred/encryption-config.json"; exists(file) {
 		arguments = append(arguments, "--encryption-provider-config="+file)
@@ -395,7 +398,7 @@ func serveJoining(ctx context.Context, s *server) {
 	hand("server", forServer)
 	hand("agent", map[string]string{
 		"server-ca.crt": s.tls + "/server-ca.crt", "client.crt": s.tls + "/client-admin.crt",
-		"client.key": s.tls + "/client-admin.key",
+		"client.key": s.tls + "/client-admin.key", "client-ca.crt": s.tls + "/client-ca.crt",
 	})
 	mux.HandleFunc("PUT /v1-k3s/token", s.rotate)
 	listener := &http.Server{Addr: ":" + joinPort, Handler: mux}
