@@ -1,6 +1,6 @@
 """Cloudflare tunnels: public hostnames for services of the cluster and of the host.
 
-The only module that imports pulumi_cloudflare, which costs seconds: a stack without tunnels must
+The only module that imports Cloudflare's resources, which is slow: a stack without tunnels must
 not import it.
 
 Taking over a tunnel that exists: ``adopt.id`` imports it instead of making one, so its id stays,
@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pulumi
-import pulumi_cloudflare as cloudflare
 import pulumi_docker as docker
 import pulumi_kubernetes as kubernetes
 
 import homelab
-from components import settings, versions
+from components import cloudflare, settings, versions
 from components.cluster import Cluster
 from components.host import Host
 from components.ownership import deployment_name
