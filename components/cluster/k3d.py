@@ -265,7 +265,12 @@ class K3dCluster(pulumi.ComponentResource):
                     ipam_configs=[_ipam(cluster.network.subnet)],
                     opts=pulumi.ResourceOptions.merge(
                         docker_options,
-                        pulumi.ResourceOptions(protect=not deletable, delete_before_replace=True),
+                        pulumi.ResourceOptions(
+                            protect=not deletable,
+                            delete_before_replace=True,
+                            # One that k3d made has k3d's label, and another label replaces it.
+                            ignore_changes=["labels"],
+                        ),
                     ),
                 )
             )

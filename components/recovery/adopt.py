@@ -36,6 +36,8 @@ class _Found:
     differences: list[Difference] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """What up creates; Commands run again and are not among them."""
+    told: list[str] = field(default_factory=list)
+    """What the program said of it, such as the commit that ArgoCD's bootstrap moves to."""
 
 
 def adopt(engine: Engine, take: bool = False) -> None:
@@ -116,7 +118,7 @@ def _find(aside: Engine) -> _Found:
     """Takes round by round what exists: the id of one is often an input of the next."""
     found = _Found()
     while True:
-        plan, steps = _planned(aside)
+        plan, steps, found.told = _planned(aside)
         state = aside.export()
         resources = state["deployment"].get("resources") or []
         candidates = _candidates(plan, resources, found.asked, whole=True)
@@ -143,17 +145,21 @@ def _find(aside: Engine) -> _Found:
     return found
 
 
-def _planned(engine: Engine) -> tuple[dict[str, Resource], list[dict[str, Any]]]:
-    """What a preview would create, as resources of a state without ids, and all of its steps."""
+def _planned(engine: Engine) -> tuple[dict[str, Resource], list[dict[str, Any]], list[str]]:
+    """What a preview would create, as resources of a state without ids, all of its steps, and what
+    it told.
+    """
     with tempfile.TemporaryDirectory(prefix="homelab-adopt-") as directory:
         file = Path(directory) / "plan.json"
-        steps = json.loads(engine.run("preview", "--json", "--save-plan", str(file)))["steps"]
+        preview = json.loads(engine.run("preview", "--json", "--save-plan", str(file)))
         plans = json.loads(file.read_text())["resourcePlans"]
-    return {
+    created = {
         urn: _resource(urn, plan["goal"])
         for urn, plan in plans.items()
         if "create" in (plan.get("steps") or [])
-    }, steps
+    }
+    told = [one["message"].strip() for one in preview.get("diagnostics") or []]
+    return created, preview["steps"], list(dict.fromkeys(told))
 
 
 def _resource(urn: str, goal: Mapping[str, Any]) -> Resource:
@@ -224,6 +230,8 @@ def _with_owners(
 
 
 def _report(engine: Engine, found: _Found) -> None:
+    for message in found.told:
+        engine.say(message)
     differing = {one.urn: one for one in found.differences}
     for urn in sorted(found.taken, key=described):
         if urn not in differing:

@@ -48,7 +48,7 @@ class Engine:
             self._clear_locks(err)
             code, out, err = self._run(arguments, input, shown)
         if code:
-            said = err if shown else out + err
+            said = err if shown else _errors(out) or out + err
             raise RecoveryError(
                 f"`pulumi {' '.join(arguments[:2])}` failed with exit code {code}.\n"
                 f"  Cause: {said.strip() or 'see above'}\n"
@@ -127,6 +127,15 @@ class Engine:
         code, out, err = self._run(["cancel", "--yes", self.stack], "", shown=False)
         if code:
             raise RecoveryError(f"`pulumi cancel` failed.\n  Cause: {out}{err}\n  Remedy: see it.")
+
+
+def _errors(out: str) -> str:
+    """The errors alone, where a command answered in JSON: the rest is the whole plan."""
+    try:
+        diagnostics = json.loads(out)["diagnostics"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return "".join(one["message"] for one in diagnostics if one["severity"] == "error")
 
 
 def _alive(pid: int) -> bool:

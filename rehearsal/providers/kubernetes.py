@@ -169,12 +169,19 @@ def _marked(out: Properties, like: Properties) -> Properties:
     return out
 
 
+_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+
+
 def _checkpoint(inputs: Object, live: Object, like: Properties, manager: str) -> Properties:
     """The state that the engine keeps: the live object, and in `__inputs` what made it."""
     inputs, live = copied(inputs), copied(live)
     if _is_crd(live):
         inputs, live = _renamed(inputs, _UNDERSCORED), _renamed(live, _UNDERSCORED)
     state = _marked(live, like)
+    annotations = live["metadata"].get("annotations") or {}
+    if _LAST_APPLIED in annotations and has_secret(like):
+        # What a client-side apply wrote down is the whole object.
+        annotations[_LAST_APPLIED] = Secret(annotations[_LAST_APPLIED])
     state["__inputs"] = _marked(inputs, like)
     state["__initialApiVersion"] = live["apiVersion"]
     state["__fieldManager"] = manager

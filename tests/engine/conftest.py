@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typing_extensions import Self
 
+from components.recovery import Engine, adopt
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run, with_made_up_secrets
 
@@ -48,10 +49,24 @@ class StackRehearsal(Rehearsal):
         self.set_config(settings)
         self.settings = settings
 
+    def confirm_destroy(self) -> None:
+        """Types the names of what is protected, and applies that."""
+        with StackRehearsal.edited(self) as settings:
+            if settings["cluster"].get("kind") != "existing":
+                settings["cluster"]["delete"] = settings["cluster"]["name"]
+            for name, tunnel in settings.get("tunnels", {}).items():
+                tunnel["delete"] = name
+        self.up()
+
     @property
     def world(self) -> Path:
         """What the stand-ins made, a file an object."""
         return self.directory / "world"
+
+    def engine(self, said: list[str]) -> Engine:
+        """How `make recover` and `make adopt` reach it; what they say comes into the list."""
+        project = self.directory / "project"
+        return Engine(project, self.stack, self.process_environment(), say=said.append)
 
     @property
     def host(self) -> RehearsalMachine:
@@ -95,19 +110,52 @@ class K3dRehearsal(StackRehearsal):
         )
         return self.world / "kubernetes" / record["identity"].removeprefix(f"{self.cluster}-")
 
-    def confirm_destroy(self) -> None:
-        """Types the names of what is protected, and applies that."""
-        with self.edited() as settings:
-            settings["cluster"]["delete"] = self.cluster
-            for name, tunnel in settings["tunnels"].items():
-                tunnel["delete"] = name
-        self.up()
-
 
 class P510(K3dRehearsal):
     """A rehearsal of p510."""
 
     name = "p510"
+
+    def decrypted_files(self) -> dict[str, bytes]:
+        """By path, what agenix decrypts: what a rehearsal makes up on this host without them."""
+        requests = [
+            {"namespace": namespace, "name": name, "as": "manifest", "path": secret["manifest"]}
+            | {"type": secret.get("type", "Opaque")}
+            for namespace, secrets in self.settings["secrets"].items()
+            for name, secret in secrets.items()
+        ]
+        key = {"namespace": "", "name": "", "as": "value", "type": "Opaque"}
+        file = self.settings["tailscale"]["authKey"]["file"]
+        requests.append({**key, "path": file, "keys": ["TS_AUTHKEY"]})
+        decrypted = {}
+        for request in requests:
+            content = self.host.missing_file({"keys": [], "optional": False, **request})
+            assert content is not None
+            decrypted[request["path"]] = content
+        return decrypted
+
+
+def assert_state_is_rebuilt(stack: StackRehearsal) -> None:
+    """Once its state is lost, `make adopt` finds all by its ids again and writes to nothing."""
+
+    def held() -> dict[str, str]:
+        made = ("kubernetes:", "docker:", "cloudflare:")
+        return {one["urn"]: one["id"] for one in stack.resources() if one["type"].startswith(made)}
+
+    def objects() -> dict[Path, bytes]:
+        return {
+            file: file.read_bytes()
+            for name in ("kubernetes", "docker", "cloudflare", "k3s", "machine/clusters")
+            for file in (stack.world / name).rglob("*.json")
+        }
+
+    ids, there = held(), objects()
+    shutil.rmtree(stack.directory / "state" / ".pulumi")
+    said: list[str] = []
+    adopt(stack.engine(said), take=True)
+    assert any(f"{len(ids)} exist, 0 of them differ, 0 do not exist" in line for line in said)
+    assert held() == ids
+    assert objects() == there
 
 
 def urns(stack: Rehearsal) -> list[str]:

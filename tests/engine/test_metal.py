@@ -15,7 +15,14 @@ import yaml
 
 from rehearsal import existing
 from rehearsal.providers.kubernetes import cluster_id
-from tests.engine.conftest import StackRehearsal, edited_file, errors, planned, urns
+from tests.engine.conftest import (
+    StackRehearsal,
+    assert_state_is_rebuilt,
+    edited_file,
+    errors,
+    planned,
+    urns,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -113,6 +120,10 @@ def test_once_up_nothing_is_left_to_do_and_the_ingress_has_its_address(metal):
     seen = host.stat("/var/lib/homelab/kubeconfigs/metal")
     assert seen is not None
     assert (seen.mode, seen.owner) == (0o600, "root")
+
+
+def test_a_lost_state_is_rebuilt_from_what_exists(metal):
+    assert_state_is_rebuilt(metal)
 
 
 def test_no_credential_is_in_the_state_in_clear_or_in_any_output_of_a_run(metal):

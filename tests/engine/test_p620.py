@@ -47,21 +47,10 @@ class P620(Rehearsal):
 
     def _copy_secret_files(self, p510: P510) -> None:
         """agenix decrypts the same files on both hosts."""
-        old, new = (RehearsalMachine(world / "machine") for world in (p510.world, self.world))
-        requests = [
-            {"namespace": namespace, "name": name, "as": "manifest", "path": secret["manifest"]}
-            | {"type": secret.get("type", "Opaque")}
-            for namespace, secrets in p510.settings["secrets"].items()
-            for name, secret in secrets.items()
-        ]
-        key = {"namespace": "", "name": "", "as": "value", "type": "Opaque"}
-        file = p510.settings["tailscale"]["authKey"]["file"]
-        requests.append({**key, "path": file, "keys": ["TS_AUTHKEY"]})
-        for request in requests:
-            content = old.missing_file({"keys": [], "optional": False, **request})
-            assert content is not None
+        new = RehearsalMachine(self.world / "machine")
+        for path, content in p510.decrypted_files().items():
             new.make_directory("/run/agenix", 0o755)
-            new.write_atomic(request["path"], content, 0o400)
+            new.write_atomic(path, content, 0o400)
 
     def enable(self, enabled: bool) -> None:
         self.settings["cluster"]["enabled"] = enabled

@@ -4,6 +4,7 @@ By the commands that a person runs, `make recover` and `make adopt`, on a stack 
 of object that is found by a natural key.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -18,7 +19,8 @@ import pytest
 
 from components.recovery import Engine, RecoveryError, adopt, recover
 from rehearsal.run import Rehearsal, Secret
-from tests.engine.conftest import edited_file, urns
+from tests.engine.conftest import edited_file, planned, urns
+from tests.engine.incumbent import ROTATED, TUNNELS, UNIT, Incumbent
 
 pytestmark = pytest.mark.engine
 
@@ -199,3 +201,69 @@ def test_a_secret_of_the_incumbent_that_differs_is_named_and_never_overwritten(d
     assert dev.world == objects
     assert PASSWORD not in "".join(dev.said)
     assert dev.pulumi("stack", "export", check=False).code != 0
+
+
+def test_the_incumbents_whole_world_is_taken_over_and_nothing_of_it_is_made_anew_or_changed(
+    tmp_path,
+):
+    """The cluster with k3d's load balancer, its 21 Secrets, namespaces, ArgoCD and the tailnet's
+    keys by a client-side apply, both tunnels managed locally, their records and connectors.
+    """
+    p510 = Incumbent(tmp_path / "p510")
+    said: list[str] = []
+
+    def world() -> dict[str, str]:
+        return {
+            str(file.relative_to(p510.world)): file.read_text()
+            for file in p510.world.rglob("*")
+            if file.is_file() and "locks" not in file.parts
+        }
+
+    before = world()
+    adopt(p510.engine(said))
+    assert world() == before
+    exist = len(p510.settings["secrets"]["factory"]) - 1 + 2  # one of them is seed-only
+    exist += 3  # the tailnet's key and its copies
+    exist += 5  # namespaces
+    exist += 8  # DNS records
+    exist += 1  # the Docker network
+    # The StorageClass that keeps data, and of six routes the login in front.
+    assert (
+        f"{exist} exist, 0 of them differ, 13 do not exist; the host's commands run again" in said
+    )
+    assert not [line for line in said if line.startswith(("differs", "refused"))]
+    assert "Secret in the cluster that is declared nowhere: factory/made-by-hand" in said
+    assert len([line for line in said if "declared nowhere" in line]) == 1
+    assert any("ArgoCD bootstrap: main moves from nothing to" in line for line in said)
+
+    adopt(p510.engine(said), take=True)
+    assert said[-1] == "taken over: a preview finds nothing to change"
+    assert planned(p510.preview("--refresh")) == set()
+    after = world()
+    assert before.keys() <= after.keys()
+    labelled = set()
+    for file, text in before.items():
+        if text == after[file]:
+            continue
+        # Nothing but our label and, as ArgoCD's bootstrap is applied server-side now, the books of
+        # the client-side apply.
+        old, new = json.loads(text), json.loads(after[file])
+        for one in (old, new):
+            for of_the_write in ("managedFields", "resourceVersion"):
+                del one["metadata"][of_the_write]
+            if "/Secret/" not in file:
+                one["metadata"].pop("annotations", None)
+        if new["metadata"].pop("labels", {}) != old["metadata"].pop("labels", {}):
+            labelled.add(file)
+        assert new == old, file
+    assert len(labelled) == exist - 5 - 8 - 1
+    assert all("/Secret/" in file for file in labelled)
+    rotated = p510.live("factory", "Secret", "factory-cli-creds")
+    assert set(rotated["data"].values()) == {ROTATED}
+    tunnels = (p510.world / "cloudflare" / "tunnel").rglob("*.json")
+    assert {json.loads(file.read_text())["id"] for file in tunnels} == {*TUNNELS.values()}
+    assert f"machine/files{UNIT}" in before
+    state = json.dumps(p510.export())
+    for value in p510.secrets():
+        assert value not in state
+        assert base64.b64decode(value).decode() not in state

@@ -21,7 +21,7 @@ import yaml
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
-from tests.engine.conftest import StackRehearsal, errors, planned
+from tests.engine.conftest import StackRehearsal, assert_state_is_rebuilt, errors, planned
 
 pytestmark = pytest.mark.engine
 
@@ -165,6 +165,10 @@ def test_once_up_nothing_is_left_to_do_and_the_kubeconfig_is_reachable(tower):
     seen = tower.machine(MASTER).stat("/var/lib/homelab/kubeconfigs/tower")
     assert seen is not None
     assert (seen.mode, seen.owner) == (0o600, "root")
+
+
+def test_a_lost_state_is_rebuilt_from_what_exists(tower):
+    assert_state_is_rebuilt(tower)
 
 
 def test_status_tells_of_each_node_and_of_one_that_does_not_answer(tower):

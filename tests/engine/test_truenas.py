@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import K3dRehearsal, edited_file, errors, planned, urns
+from tests.engine.conftest import (
+    K3dRehearsal,
+    assert_state_is_rebuilt,
+    edited_file,
+    errors,
+    planned,
+    urns,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -71,6 +78,10 @@ def test_once_up_nothing_is_left_to_do(truenas):
     assert urns(truenas) == URNS.read_text().splitlines()
     assert planned(truenas.up()) == set()
     assert planned(truenas.preview("--refresh")) == set()
+
+
+def test_a_lost_state_is_rebuilt_from_what_exists(truenas):
+    assert_state_is_rebuilt(truenas)
 
 
 def test_the_node_has_the_plugins_and_an_interface_in_the_lan(truenas):

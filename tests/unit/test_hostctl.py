@@ -841,20 +841,29 @@ def test_lost_record_is_recorded_anew_once(live: Host) -> None:
     assert facts(live.inspect()) == facts(seen)
 
 
-def test_cluster_of_the_incumbent_is_adopted(host: Host) -> None:
-    """Made with k3d's load balancer in front, other forms of arguments, and no label of ours."""
+def cluster_of_the_incumbent(machine: RehearsalMachine) -> dict[str, Any]:
+    """As its script made it: with k3d's load balancer in front, other forms of arguments, no
+    datastore outside of the node, and no label of ours.
+    """
     config = k3d_config(cluster_spec(SPEC, "test"), "none")
-    host.machine.make_directory("/etc/k3d", 0o755)
-    host.machine.write_atomic(
-        "/etc/k3d/resolv.conf", b"nameserver 1.1.1.1\nnameserver 9.9.9.9\n", 0o644
-    )
+    machine.make_directory("/etc/k3d", 0o755)
+    resolvers = b"nameserver 1.1.1.1\nnameserver 9.9.9.9\n"
+    machine.write_atomic("/etc/k3d/resolv.conf", resolvers, 0o644)
     config["options"]["k3d"]["disableLoadbalancer"] = False
     config["options"]["runtime"]["labels"] = []
     config["volumes"][1]["volume"] = "/etc/k3d/resolv.conf:/etc/rancher/k3s/resolv.conf"
     del config["volumes"][2]
-    made = host.machine.create_cluster(config)
+    machine.create_cluster(config)
+    cluster = machine.world.get("clusters/factory")
+    assert cluster is not None
     arguments = ["--disable", "servicelb,traefik", "--resolv-conf", "/etc/rancher/k3s/resolv.conf"]
-    host.edit_node(cmd=["server", *arguments, "--tls-san", "127.0.0.1"])
+    cluster["nodes"][0]["cmd"] = ["server", *arguments, "--tls-san", "127.0.0.1"]
+    machine.world.put("clusters/factory", cluster)
+    return cluster
+
+
+def test_cluster_of_the_incumbent_is_adopted(host: Host) -> None:
+    made = cluster_of_the_incumbent(host.machine)
     seen = host.inspect()
     assert (seen["state"], seen["differences"]) == ("running", [])
     assert facts(seen)[::2] == (0, 0)

@@ -560,6 +560,18 @@ def test_secret_marks_survive_a_refresh(provider: Kubernetes):
         assert isinstance(marked, Secret)
 
 
+def test_what_a_client_side_apply_wrote_down_of_a_secret_is_secret(provider: Kubernetes):
+    name = "kubectl.kubernetes.io/last-applied-configuration"
+    written = {"metadata": {"annotations": {name: '{"data": {"key": "YQ=="}}'}}}
+    secret = obj("v1", "Secret", "thing", data=Secret({"key": "YQ=="}))
+    secret["metadata"] |= written["metadata"]
+    id, state = create(provider, secret)
+    found = provider.read(request("core/v1:Secret", id=id, olds=state, old_inputs=secret))
+    assert found is not None
+    for marked in (state, found[1]):
+        assert isinstance(marked["metadata"]["annotations"][name], Secret)
+
+
 def test_an_import_takes_the_live_object_as_its_inputs(provider: Kubernetes):
     create(provider, config_map({"key": "one"}, labels={"a": "b"}))
     found = provider.read(request("core/v1:ConfigMap", id="default/thing"))
