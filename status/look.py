@@ -211,13 +211,15 @@ def _common(stack: settings.Settings, connection: Connection) -> Rows:
         yield _silent(connection.name, unreachable)
         return
     yield Row("host", connection.name, "reachable", "answers", "fine")
-    about_cluster = [next(answers) for _ in own]
+    live, *upkeep = (next(answers) for _ in own)
     if not isinstance(cluster, settings.K3dCluster):
-        yield from _nodes(cluster, *about_cluster)
+        yield from _nodes(cluster, live)
     elif stack.has_cluster:
-        yield from _k3d(stack, about_cluster)
+        yield from _k3d(cluster.name, live)
     else:
-        yield _off(cluster, *about_cluster)
+        yield _off(cluster, live)
+    if upkeep:
+        yield from _upkeep(stack, *upkeep)
     seen = next(answers)
     if declared:
         yield from _secrets(declared, next(answers))
@@ -241,8 +243,16 @@ def _common(stack: settings.Settings, connection: Connection) -> Rows:
 def _own_questions(stack: settings.Settings) -> list[Question]:
     """What the host is asked about a cluster of this kind."""
     cluster = stack.cluster
+    backups: list[Question] = (
+        [
+            (["units", "status"], units_spec(stack)),
+            (["backup", "list"], {"name": cluster.name}),
+        ]
+        if _has_units(stack)
+        else []
+    )
     if not isinstance(cluster, settings.K3dCluster):
-        return [_nodes_question(cluster)]
+        return [_nodes_question(cluster), *backups]
     # Not above: Docker's package costs time, and only who has a cluster in it pays.
     from components.cluster.k3d import cluster_spec
 
@@ -250,11 +260,13 @@ def _own_questions(stack: settings.Settings) -> list[Question]:
     if not stack.has_cluster:
         # Where from is no matter while it is not wanted here.
         return [(["k3d", "inspect"], {**spec, "moved_from": None})]
-    return [
-        (["k3d", "inspect"], spec),
-        (["units", "status"], units_spec(stack)),
-        (["backup", "list"], {"name": cluster.name}),
-    ]
+    return [(["k3d", "inspect"], spec), *backups]
+
+
+def _has_units(stack: settings.Settings) -> bool:
+    if isinstance(stack.cluster, settings.K3sCluster):
+        return bool(stack.backups.items)
+    return isinstance(stack.cluster, settings.K3dCluster) and stack.has_cluster
 
 
 def _kubeconfig_of(cluster: settings.K3sCluster | settings.ExistingCluster) -> str:
@@ -316,9 +328,7 @@ def _room(what: str, free: int | None, remedy: str) -> Row:
     return Row("host", what, "5 GiB of room", now, verdict, remedy)
 
 
-def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
-    inspect, units, backups = answers
-    name = stack.cluster.name
+def _k3d(name: str, inspect: Answer) -> Rows:
     if not inspect["ok"]:
         yield _refused("cluster", name, inspect)
     else:
@@ -338,6 +348,10 @@ def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
             yield Row("cluster", "warning", "", one["what"], "bad", one["remedy"])
         for one in live["unseen"]:
             yield Row("cluster", "not seen", "", one, "unknown")
+
+
+def _upkeep(stack: settings.Settings, units: Answer, backups: Answer) -> Rows:
+    """What runs on the host on a schedule, and what came of it."""
     if not units["ok"]:
         yield _refused("host", "units", units)
     else:

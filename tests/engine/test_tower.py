@@ -19,7 +19,7 @@ import yaml
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
-from tests.engine.conftest import StackRehearsal, errors, planned
+from tests.engine.conftest import StackRehearsal, edited_file, errors, planned
 from tests.engine.test_status import status
 
 pytestmark = pytest.mark.engine
@@ -198,6 +198,34 @@ def test_status_and_doctor_without_an_api_and_without_the_host(tower):
         assert seen.code == 2
         assert ("host", "node k3s-master") in seen.of("unknown")
         assert ("host", "k3s on k3s-worker-2") in seen.of("fine")
+
+
+def test_backups_run_on_timers_of_the_first_server_and_its_preview_tells_what_is_unproved(tower):
+    with StackRehearsal.edited(tower) as settings:
+        settings["backups"] = {
+            "items": {"cluster": {"kind": "datastore"}},
+            "targets": {"nas": {"kind": "directory", "path": "/mnt/nas", "password": "made-up-1"}},
+        }
+    made = {"create Units tower", "create Command units", "create Command nas.password"}
+    assert planned(tower.up()) == made
+    preview = tower.preview()
+    assert planned(preview) == set()
+    assert "the copy of cluster at nas was verified never, allowed are 10 days" in preview.stdout
+    timer = tower.machine(MASTER).read("/etc/systemd/system/homelab-tower-verify.timer")
+    assert b"OnCalendar=weekly" in timer
+    seen = status(tower)
+    assert seen["host", "homelab-tower-backup.timer"]["verdict"] == "fine"
+    assert seen["backups", "cluster"]["now"] == "none yet"
+    restored = {"at": "2026-01-01T00:00:00Z", "taken": "2026-01-01T00:00:00Z"}
+    record = tower.machine(MASTER)._file("/var/lib/homelab/clusters/tower.json")
+    with edited_file(record) as recorded:
+        recorded["verified"] = {"nas": {"cluster": {**restored, "recovery_seconds": 1.5}}}
+    tower.up()
+    assert tower.outputs()["backups"]["nas"]["cluster"]["recoverySeconds"] == 1.5
+    with StackRehearsal.edited(tower) as settings:
+        del settings["backups"]
+    tower.up()
+    assert tower.machine(MASTER).names("/etc/systemd/system") == ["k3s.service"]
 
 
 def test_no_credential_is_in_the_state_in_clear_or_in_any_output_of_a_run(tower):
