@@ -1,4 +1,4 @@
-"""What runs on the host when Pulumi has left: the cluster's start at boot, cleaning and backups."""
+"""What runs on the host when Pulumi has left: the start at boot, cleaning, backups, watching."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,22 +70,30 @@ class LiveUnits:
 def units_spec(stack: settings.Settings) -> dict[str, Any]:
     """The settings as `hostctl units status` and `install` take them."""
     cluster, backups = stack.cluster, stack.backups
-    if not isinstance(cluster, settings.K3dCluster):
+    if isinstance(cluster, settings.K3dCluster):
+        own = {
+            "init": stack.host.init,
+            "storage_dir": cluster.storage_dir,
+            "start_seconds": cluster.api_wait_seconds + _SLACK_SECONDS,
+            "clean": _schedule(stack.cleaning.schedule),
+            "watch": _schedule(stack.watching.schedule),
+            "watching": _watched(stack, cluster),
+        }
+    elif isinstance(cluster, settings.K3sCluster):
+        # It starts by a unit of its own; only its backups are scheduled here.
+        own = {"init": "systemd", "storage_dir": None, "start_seconds": _SLACK_SECONDS}
+        own |= {"clean": None, "watch": None, "watching": None}
+    else:
         raise TypeError(f"cluster {cluster.name} has no host whose units these were")
     return {
         "cluster": cluster.name,
         "hostctl": stack.host.hostctl,
-        "init": stack.host.init,
-        "storage_dir": cluster.storage_dir,
-        "start_seconds": cluster.api_wait_seconds + _SLACK_SECONDS,
-        "clean": _schedule(stack.cleaning.schedule),
+        **own,
         "backup": _schedule(backups.schedule),
         "keep": backups.keep,
         "items": [
             {"name": name, **item.model_dump(mode="json")} for name, item in backups.items.items()
         ],
-        "watch": _schedule(stack.watching.schedule),
-        "watching": _watched(stack, cluster),
         "targets": [
             {
                 "name": name,

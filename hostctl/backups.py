@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hostctl.cluster import Cluster, look, parse_json
+from hostctl.cluster import Cluster, Node, look, parse_json
 from hostctl.cluster_backup import BACKUP_SPARE_BYTES, datastore_of, time_stamp, utc
-from hostctl.live import STORAGE_IN_NODE
+from hostctl.k3s_datastore import k3s_record
+from hostctl.k3s_node import K3S_BINARY, K3S_KUBECONFIG, k3s_look
+from hostctl.live import DATASTORE_IN_NODE, STORAGE_IN_NODE
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, read_record, record_run, write_record
@@ -167,6 +169,9 @@ def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def running_cluster(machine: Machine, name: str, doing: str) -> Cluster:
+    """The cluster, which runs: in Docker, or as k3s whose server is this machine."""
+    if k3s_record(machine, name):
+        return _own_server(machine, name, doing)
     cluster = look(machine, name)
     if cluster.state != "running":
         remedy = "hostctl k3d ensure" if cluster.state == "absent" else "hostctl k3d start"
@@ -174,6 +179,23 @@ def running_cluster(machine: Machine, name: str, doing: str) -> Cluster:
             "refused", f"{doing} cluster {name}", f"it is {cluster.state}", f"{remedy} {name}"
         )
     return cluster
+
+
+def _own_server(machine: Machine, name: str, doing: str) -> Cluster:
+    node = k3s_look(machine, name)
+    if node is None or node.role != "server" or node.state != "running":
+        state = "there is no k3s here" if node is None else f"this {node.role} is {node.state}"
+        raise Failure(
+            "refused",
+            f"{doing} cluster {name}",
+            state,
+            "run it on the server that is the stack's host (homelab:host); systemctl start k3s",
+        )
+    # What k3s has at a path is there for the machine, too.
+    places = ("/", STORAGE_IN_NODE, DATASTORE_IN_NODE)
+    facts = {"Mounts": [{"Destination": one, "Source": one} for one in places]}
+    own = Node(node.node or "", "server", "running", facts)
+    return Cluster(name, "running", "", [own], None, on_machine=True)
 
 
 def backups_beside(cluster: Cluster) -> str:
@@ -334,7 +356,17 @@ def claim_directory(machine: Machine, cluster: Cluster, item: Mapping[str, Any],
             "only volumes of the local-path and local kinds are copied; back this one up where it "
             "is stored",
         )
-    node = next((one for one in cluster.nodes if one.name in _nodes_of(volume)), cluster.first)
+    holders = _nodes_of(volume)
+    if cluster.on_machine and holders and cluster.first.name not in holders:
+        raise Failure(
+            "refused",
+            step,
+            f"its data is on node {', '.join(sorted(holders))}, and this machine is "
+            f"{cluster.first.name}",
+            "let its workload run here (nodeSelector), or keep it on a class with backups of its "
+            "own, such as Longhorn's (docs/storage.md)",
+        )
+    node = next((one for one in cluster.nodes if one.name in holders), cluster.first)
     mounts = [
         (mount["Destination"].rstrip("/"), mount["Source"])
         for mount in node.facts.get("Mounts") or []
@@ -490,6 +522,8 @@ def kubectl_in_node(
     """Runs kubectl in the first server: it needs nothing of the host, and asks this cluster."""
     attach = ["--interactive"] if "from_file" in options else []
     argv = ["docker", "exec", *attach, cluster.first.name, "kubectl", *arguments]
+    if cluster.on_machine:
+        argv = [K3S_BINARY, "kubectl", f"--kubeconfig={K3S_KUBECONFIG}", *arguments]
     return run_tool(machine, argv, step, "failed", **options)
 
 
@@ -503,8 +537,9 @@ def _copy_datastore(machine: Machine, cluster: Cluster, part: str) -> None:
     data = datastore_of(cluster.first) or ""
     database = f"{data}/{_SQLITE}"
     if not machine.exists(database):
-        cause = f"{database} is not there: several servers have etcd"
-        raise Failure("refused", step, cause, "remove the item; k3s makes snapshots of its etcd")
+        cause = f"{database} is not there: its datastore is etcd"
+        remedy = "remove the item; k3s makes snapshots of its etcd, and a directory is an item, too"
+        raise Failure("refused", step, cause, remedy)
     require_room(machine, part, 2 * machine.tree_bytes(data), step)
     aside = f"{part}.aside"
     run_tool(machine, ["rm", "-r", "-f", aside], step, "failed")

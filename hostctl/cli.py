@@ -520,8 +520,6 @@ VERBS: dict[tuple[str, ...], Verb] = {
         watch_inspect,
         {
             "cluster": "factory",
-            "kubeconfig": _KUBECONFIG_EXAMPLE,
-            "namespaces": ["argocd", "factory"],
             "containers": ["cloudflared-p510"],
             "directories": ["/mnt/img_pool/k3d/storage"],
         },

@@ -64,13 +64,16 @@ class Node(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """A cluster as Docker shows it. ``state`` is absent, running or stopped."""
+    """A cluster as Docker shows it. ``state`` is absent, running or stopped. Of one whose node is
+    this machine itself (``on_machine``), that node alone is known.
+    """
 
     name: str
     state: str
     detail: str
     nodes: list[Node]
     network: dict[str, Any] | None
+    on_machine: bool = False
 
     def of(self, *roles: str) -> list[Node]:
         return [node for node in self.nodes if node.role in roles]

@@ -20,12 +20,11 @@ from hostctl.spec import (
     text_matching,
 )
 from hostctl.tools import tool_version
-from hostctl.workloads import UNREACHABLE, run_kubectl
+from hostctl.workloads import KUBECONFIG, UNREACHABLE, kubeconfig_file, run_kubectl
 
-KUBECONFIG_TEXT = text_matching(r"(?s).*\bserver:.{1,1000000}", "the text of a kubeconfig")
 INSPECT_SPEC: dict[str, Any] = {
     "name": Value(CLUSTER_NAME),
-    "kubeconfig": Value(KUBECONFIG_TEXT, secret=True),
+    "kubeconfig": Value(KUBECONFIG, secret=True),
 }
 _EXCLUDED = "node.kubernetes.io/exclude-from-external-load-balancers"
 _SERVICELB = "svccontroller.k3s.cattle.io/svcname"
@@ -39,7 +38,7 @@ def cluster_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, INSPECT_SPEC, "cluster inspect")
     step = f"looking at cluster {wanted['name']}"
     tool_version(machine, "kubectl")
-    with machine.private_file(wanted["kubeconfig"].encode()) as path:
+    with kubeconfig_file(machine, wanted["kubeconfig"]) as path:
         listed = run_kubectl(machine, path, ["get", "nodes", "--output=json"], step, raw=True)
         said = listed.err.decode("utf-8", "replace")
         if listed.code and "x509" in said:

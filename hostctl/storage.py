@@ -12,8 +12,8 @@ from hostctl.machine import Machine, TookTooLong, ToolMissing
 from hostctl.preflight import Finding, module_findings
 from hostctl.protocol import Failure, Result
 from hostctl.spec import CLUSTER_NAME, Items, Value, absolute_path, checked, one_of
-from hostctl.tools import attempt, for_system, run_tool
-from hostctl.workloads import NO_NODE, OWNER_SPEC, UNREACHABLE, run_kubectl
+from hostctl.tools import for_system, run_tool
+from hostctl.workloads import NO_NODE, OWNER_SPEC, UNREACHABLE, ask_cluster
 
 CHECK_SPEC: dict[str, Any] = {
     "needs": Items(Value(one_of("iscsi", "crypt", "nfs", "nfs-client", "ceph"))),
@@ -149,12 +149,7 @@ def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     wanted = checked(spec, INSPECT_STORAGE_SPEC, "storage inspect")
     step = f"looking at the volumes of cluster {wanted['cluster']}"
     arguments = ["get", "storageclasses.storage.k8s.io,persistentvolumes", "--output=json"]
-    if wanted["kubeconfig"]:
-        with machine.private_file(wanted["kubeconfig"].encode()) as path:
-            seen = run_kubectl(machine, path, arguments, step, raw=True)
-    else:
-        server = f"k3d-{wanted['cluster']}-server-0"
-        seen = attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+    seen = ask_cluster(machine, wanted, arguments, step)
     if seen.code:
         if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
             return {"state": "unknown", "detail": seen.complaint, "classes": {}, "volumes": {}}

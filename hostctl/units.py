@@ -9,6 +9,7 @@ from typing import Any
 
 from hostctl.backups import BACKUP_ITEM, incomplete_items
 from hostctl.cluster import parse_json
+from hostctl.k3s_node import K3S_UNITS
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, next_generation, read_record, write_record
@@ -52,7 +53,8 @@ UNITS_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "hostctl": Value(_UNIT_PATH),
     "init": Value(one_of("auto", "systemd", "nixos", "truenas", "none"), "auto"),
-    "storage_dir": Value(_UNIT_PATH),
+    # null: the cluster is k3s, which has a unit of its own and needs no start.
+    "storage_dir": Value(or_null(_UNIT_PATH), None),
     "start_seconds": Value(number_between(1, 200000), 2700),
     "clean": Value(or_null(_SCHEDULE), None),
     "backup": Value(or_null(_SCHEDULE), None),
@@ -241,29 +243,30 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
     # All tries lie within one interval, so that their number is a bound (incident 2).
     interval = (START_TRIES + 1) * (seconds + START_PAUSE_SECONDS)
     recover = f"ExecStartPost=-{program} backup recover {name}\n" if spec["items"] else ""
-    texts = {
-        boot: _head(f"Start and heal cluster {name}")
-        + "Wants=network-online.target docker.service\n"
-        "After=network-online.target docker.service\n"
-        # A Docker that is started again may publish no port (incident 1).
-        "PartOf=docker.service\n"
-        f"RequiresMountsFor={spec['storage_dir']}\n"
-        f"StartLimitBurst={START_TRIES}\n"
-        f"StartLimitIntervalSec={interval}\n\n"
-        "[Service]\n"
-        "Type=oneshot\n"
-        "RemainAfterExit=yes\n"
-        f"Environment=PATH={_PATH}\n"
-        f"ExecStart={program} k3d start {name}\n"
-        f"{recover}"
-        f"TimeoutStartSec={seconds}\n"
-        "Restart=on-failure\n"
-        f"RestartSec={START_PAUSE_SECONDS}\n\n"
-        "[Install]\n"
-        "WantedBy=multi-user.target docker.service\n"
-    }
+    texts = {}
+    if spec["storage_dir"]:
+        texts[boot] = (
+            _head(f"Start and heal cluster {name}") + "Wants=network-online.target docker.service\n"
+            "After=network-online.target docker.service\n"
+            # A Docker that is started again may publish no port (incident 1).
+            "PartOf=docker.service\n"
+            f"RequiresMountsFor={spec['storage_dir']}\n"
+            f"StartLimitBurst={START_TRIES}\n"
+            f"StartLimitIntervalSec={interval}\n\n"
+            "[Service]\n"
+            "Type=oneshot\n"
+            "RemainAfterExit=yes\n"
+            f"Environment=PATH={_PATH}\n"
+            f"ExecStart={program} k3d start {name}\n"
+            f"{recover}"
+            f"TimeoutStartSec={seconds}\n"
+            "Restart=on-failure\n"
+            f"RestartSec={START_PAUSE_SECONDS}\n\n"
+            "[Install]\n"
+            "WantedBy=multi-user.target docker.service\n"
+        )
     job = (
-        f"After={boot}\n\n"
+        f"After={boot if spec['storage_dir'] else K3S_UNITS['server']}\n\n"
         "[Service]\n"
         "Type=oneshot\n"
         f"Environment=PATH={_PATH}\n"
@@ -387,9 +390,13 @@ def _start_units(
 ) -> None:
     boot = f"homelab-{name}.service"
     timers = sorted(unit for unit in texts if unit.endswith(".timer"))
-    _systemctl(machine, ["enable", boot, *timers], step)
+    enabled = [unit for unit in (boot, *timers) if unit in texts]
+    if enabled:
+        _systemctl(machine, ["enable", *enabled], step)
     if timers:
         _systemctl(machine, ["restart", *timers], step)
+    if boot not in texts:
+        return
     # It refuses a unit that was tried too often, until this.
     attempt(machine, ["systemctl", "reset-failed", boot], step)
 
@@ -418,6 +425,8 @@ def _remove_units(machine: Machine, name: str, units: Sequence[str]) -> list[str
 
 def _show(machine: Machine, units: Sequence[str]) -> dict[str, dict[str, str]]:
     """What systemd knows of the units, by name."""
+    if not units:
+        return {}
     argv = ["systemctl", "show", *units, f"--property={_PROPERTIES}"]
     ran = run_tool(machine, argv, "asking systemd", "cannot-tell", env={"TZ": "UTC"})
     shown = {}

@@ -20,7 +20,6 @@ from hostctl.record import read_record
 from hostctl.spec import (
     CLUSTER_NAME,
     CONTAINER_NAME,
-    DNS_LABEL,
     EXTERNAL_NAME,
     Items,
     Value,
@@ -32,7 +31,6 @@ from hostctl.spec import (
 )
 from hostctl.tools import attempt
 from hostctl.waiting import ready, size_text
-from hostctl.workloads import run_kubectl
 
 WATCH_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
@@ -49,8 +47,6 @@ WATCH_SPEC: dict[str, Any] = {
 }
 LOOK_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
-    "kubeconfig": Value(absolute_path),
-    "namespaces": Items(Value(DNS_LABEL), []),
     "containers": Items(Value(CONTAINER_NAME), []),
     "directories": Items(Value(absolute_path), []),
 }
@@ -99,25 +95,10 @@ def watch_run(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def watch_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Says what was last seen by `watch run`, and what is there of Secrets (names by namespace),
-    containers (their states) and room (bytes by directory). null is what cannot be told."""
+    """Says what was last seen by `watch run`, and what is there of containers (their states) and
+    room (bytes by directory). null is what cannot be told."""
     wanted = checked(spec, LOOK_SPEC, "watch inspect")
     unseen: list[str] = []
-    secrets: dict[str, list[str] | None] = {}
-    for namespace in wanted["namespaces"]:
-        secrets[namespace] = None
-        arguments = ["get", "secrets", f"--namespace={namespace}", "--output=name"]
-        step = f"listing the Secrets of {namespace}"
-        try:
-            ran = run_kubectl(machine, wanted["kubeconfig"], arguments, step)
-        except Failure as failure:
-            # The next namespace would wait as long for the same.
-            unseen.append(f"Secrets: {failure.cause}")
-            break
-        if ran.code:
-            unseen.append(f"{step}: {ran.complaint}")
-            continue
-        secrets[namespace] = [line.partition("/")[2] for line in ran.text.split()]
     containers: dict[str, str | None] = {}
     for container in wanted["containers"]:
         containers[container] = None
@@ -134,8 +115,7 @@ def watch_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
         except OSError as error:
             unseen.append(f"room of {directory}: {error.strerror or error}")
     report = _report(machine, wanted["cluster"])
-    seen: Result = {"report": report, "secrets": secrets, "containers": containers, "room": room}
-    return {**seen, "unseen": unseen}
+    return {"report": report, "containers": containers, "room": room, "unseen": unseen}
 
 
 def _report(machine: Machine, name: str) -> dict[str, Any] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hostctl.cluster import parse_json
@@ -293,14 +294,15 @@ def _connector(
     return parse_json(seen.out, step), "it exists"
 
 
+KUBECONFIG = text_matching(
+    r"(?s)/[^\n]+|.*\bserver:.{1,1000000}", "the text of a kubeconfig, or the path of one"
+)
 OWNER_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
     "namespace": Value(or_null(DNS_LABEL), None),
     "kind": Value(KIND),
     "name": Value(OBJECT_NAME),
-    "kubeconfig": Value(
-        or_null(text_matching(r"(?s).{1,1000000}", "the text of a kubeconfig")), None, secret=True
-    ),
+    "kubeconfig": Value(or_null(KUBECONFIG), None, secret=True),
 }
 
 
@@ -310,7 +312,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
 
     Asked in the node of a k3d cluster: the kubeconfig on the host may be missing, or that of a
     cluster that is gone, and the run that asks is the one that writes it anew. Another cluster is
-    asked with the kubeconfig that is given.
+    asked with the kubeconfig that is given, as text or by its path.
     """
     wanted = checked(spec, OWNER_SPEC, "cluster owner")
     step = f"looking for {wanted['kind']} {wanted['name']}"
@@ -319,7 +321,7 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     if wanted["namespace"]:
         arguments.append(f"--namespace={wanted['namespace']}")
     nobody: Result = {"managers": [], "argocd": None}
-    seen = _asked(machine, wanted, arguments, step)
+    seen = ask_cluster(machine, wanted, arguments, step)
     if seen.code:
         if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
             return {"exists": None, **nobody, "detail": seen.complaint}
@@ -338,9 +340,22 @@ def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
     return {"exists": True, "managers": managers, "argocd": application, "detail": ""}
 
 
-def _asked(machine: Machine, wanted: Mapping[str, Any], arguments: Sequence[str], step: str) -> Ran:
+@contextlib.contextmanager
+def kubeconfig_file(machine: Machine, given: str) -> Iterator[str]:
+    """Where a kubeconfig is that was given as text or by its path."""
+    if given.startswith("/"):
+        yield given
+    else:
+        with machine.private_file(given.encode()) as path:
+            yield path
+
+
+def ask_cluster(
+    machine: Machine, wanted: Mapping[str, Any], arguments: Sequence[str], step: str
+) -> Ran:
+    """Runs kubectl as `cluster owner` does, and leaves a failure to the caller."""
     if wanted["kubeconfig"]:
-        with machine.private_file(wanted["kubeconfig"].encode()) as path:
+        with kubeconfig_file(machine, wanted["kubeconfig"]) as path:
             return run_kubectl(machine, path, arguments, step, raw=True)
     server = f"k3d-{wanted['cluster']}-server-0"
     return attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
@@ -355,22 +370,26 @@ _MADE_TYPES = (
 
 
 def secret_list(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Names the Secrets that someone made: without those of the cluster itself, of a controller, or
-    of an ArgoCD Application, which makes them again. Asked as `cluster owner` asks."""
+    """Names all Secrets. ``kept`` are those that nobody makes again: not the cluster itself, a
+    controller, or an ArgoCD Application. Asked as `cluster owner` asks."""
     shape = {key: OWNER_SPEC[key] for key in ("cluster", "kubeconfig")}
     wanted = checked(spec, shape, "secret list")
     step = f"listing the Secrets of cluster {wanted['cluster']}"
     arguments = ["get", "secrets", "--all-namespaces", "--output=json"]
-    seen = _asked(machine, wanted, arguments, step)
+    seen = ask_cluster(machine, wanted, arguments, step)
     if seen.code:
         raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
     return {
         "secrets": [
-            {"namespace": one["metadata"]["namespace"], "name": one["metadata"]["name"]}
+            {
+                "namespace": one["metadata"]["namespace"],
+                "name": one["metadata"]["name"],
+                "kept": one.get("type") not in _MADE_TYPES
+                and not one["metadata"]["namespace"].startswith("kube-")
+                and not one["metadata"].get("ownerReferences")
+                and "argocd.argoproj.io/tracking-id"
+                not in (one["metadata"].get("annotations") or {}),
+            }
             for one in parse_json(seen.out, step)["items"]
-            if one.get("type") not in _MADE_TYPES
-            and not one["metadata"]["namespace"].startswith("kube-")
-            and not one["metadata"].get("ownerReferences")
-            and "argocd.argoproj.io/tracking-id" not in (one["metadata"].get("annotations") or {})
         ]
     }

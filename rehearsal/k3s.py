@@ -261,10 +261,9 @@ class K3s:
         match words:
             case ["--version"]:
                 return _done(f"k3s version {self.version(binary)} (made up)\n")
-            case ["kubectl", kubeconfig, "--request-timeout=30s", *rest] if kubeconfig.startswith(
-                "--kubeconfig="
-            ):
-                return self._kubectl(kubeconfig.partition("=")[2], rest, input)
+            case ["kubectl", kubeconfig, *rest] if kubeconfig.startswith("--kubeconfig="):
+                asked = [word for word in rest if word != "--request-timeout=30s"]
+                return self._kubectl(kubeconfig.partition("=")[2], asked, input)
             case ["etcd-snapshot", what, *rest]:
                 return self._snapshot(what, rest, env)
             case ["server", "--cluster-reset", *rest]:
@@ -289,6 +288,8 @@ class K3s:
 
     def kubectl(self, cluster: Object, words: list[str], input: bytes) -> Ran:
         match words:
+            case ["exec", *rest]:
+                return self.machine.in_pod(rest, input)
             case ["get", "--raw=/version"]:
                 servers = [one for one in cluster["members"].values() if one["role"] == "server"]
                 return _done(json.dumps({"gitVersion": max(one["version"] for one in servers)}))

@@ -48,13 +48,6 @@ class Kubectl:
                         f"namespace/{one['metadata']['name']}"
                         for one in self._objects("_cluster", "namespaces")
                     )
-                case ["get", "secrets"] if flags.keys() == {"--namespace", "--output"} and (
-                    flags["--output"] == "name"
-                ):
-                    return self._lines(
-                        f"secret/{one['metadata']['name']}"
-                        for one in self._objects(flags["--namespace"], "secrets")
-                    )
                 case ["get", what] if flags.keys() <= _GET and flags.get("--output") == "json":
                     return self._get(what, flags)
                 case ["create"] if flags == _CREATE:

@@ -213,13 +213,6 @@ class RehearsalMachine(Machine):
         installed = self._file(f"{TOOLS_DIRECTORY}/{argv[0]}").exists()
         if argv[0] in self.setting("missing-tools.json", []) and not installed:
             raise ToolMissing(argv[0])
-        if argv[0] in (K3S_BINARY, f"{K3S_BINARY}.new"):
-            try:
-                return self.k3s.run(argv[0], list(argv[1:]), input, env or {})
-            except FileNotFoundError:
-                raise ToolMissing(argv[0]) from None
-            except _Usage as unknown:
-                return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
         models: dict[str, Callable[[list[str], bytes, Mapping[str, str]], Ran]] = {
             "docker": self._docker,
             "k3d": self._k3d,
@@ -240,6 +233,8 @@ class RehearsalMachine(Machine):
             "lsblk": lambda words, *_: self._lsblk(words),
             "ss": lambda words, *_: self._ss(words),
         }
+        for binary in (K3S_BINARY, f"{K3S_BINARY}.new"):
+            models[binary] = lambda words, *given: self.k3s.run(argv[0], words, *given)
         if argv[0] not in models:
             raise ToolMissing(argv[0])
         if tuple(argv) in _VERSIONS and not (argv[0] == "docker" and self._docker_is_down()):
@@ -250,6 +245,10 @@ class RehearsalMachine(Machine):
             ran = models[argv[0]](list(argv[1:]), input, env or {})
         except _Usage as unknown:
             return _failed(f"rehearsal: {' '.join(argv[:3])}: {unknown}", 2)
+        except FileNotFoundError:
+            if argv[0].startswith(K3S_BINARY):
+                raise ToolMissing(argv[0]) from None
+            raise
         if to_file:
             self.write_atomic(to_file, ran.out, 0o600)
             return ran._replace(out=b"")
@@ -882,7 +881,7 @@ class RehearsalMachine(Machine):
             return _failed("The connection to the server 127.0.0.1:6443 was refused - did you ...?")
         given = input if interactive else b""
         if argv[1] == "exec":
-            return self._in_pod(argv[2:], given)
+            return self.in_pod(argv[2:], given)
         # Without --interactive, docker exec gives the program no stdin.
         return self._kubectl(argv[1:], given, cluster)
 
@@ -901,7 +900,7 @@ class RehearsalMachine(Machine):
                 return _done()
         raise _Usage(f"crictl {words}")
 
-    def _in_pod(self, words: list[str], input: bytes) -> Ran:
+    def in_pod(self, words: list[str], input: bytes) -> Ran:
         """PostgreSQL's tools in a pod. A dump is its content between two marks."""
         there, _, argv = (words[: words.index("--")], 0, words[words.index("--") + 1 :])
         options, (workload,) = _options(there, ["--stdin"], ["--namespace", "--container"])
@@ -1530,11 +1529,24 @@ class RehearsalMachine(Machine):
 
     def _tar(self, words: list[str], input: bytes, env: Mapping[str, str]) -> Ran:
         flags = ["--create", "--compare", "--list", "--xattrs", "--acls", "--numeric-owner"]
-        flags += ["--extract", "--same-owner", "--same-permissions"]
+        flags += ["--extract", "--same-owner", "--same-permissions", "--append"]
+        left_out = ("--exclude=./db", "--exclude=*.sock")
+        without = [word for word in words if word in left_out]
+        words = [word for word in words if word not in left_out]
         options, operands = _options(words, flags, ["--file", "--directory"])
         file = options.get("--file", "")
         if "--create" in options and operands == ["."]:
-            self.write_atomic(file, _archive(self._tree(options["--directory"])), 0o600)
+            tree = self._tree(options["--directory"])
+            if without:
+                tree = [one for one in tree if not one[0].startswith("db/")]
+            self.write_atomic(file, _archive(tree), 0o600)
+            return _done()
+        if "--append" in options and operands == ["./db"]:
+            with tarfile.open(fileobj=io.BytesIO(self.read(file))) as archive:
+                held = ((one, archive.extractfile(one)) for one in archive.getmembers())
+                tree = [(one.name, data.read()) for one, data in held if data]
+            tree += self._tree(options["--directory"])
+            self.write_atomic(file, _archive(sorted(tree)), 0o600)
             return _done()
         if "--compare" in options and not operands:
             same = self.read(file) == _archive(self._tree(options["--directory"]))

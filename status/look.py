@@ -31,6 +31,7 @@ Answer = Mapping[str, Any]
 # the answer to it is left out.
 _NO_DIGEST = "0" * 16
 _GIB = 2**30
+_K3S_DATA = "/var/lib/rancher/k3s"
 
 
 @dataclass(frozen=True)
@@ -97,53 +98,49 @@ def through_engine(look: Callable[[], Rows]) -> list[Row]:
 
 def status(stack: settings.Settings) -> Rows:
     """Looks at all that the settings declare on hosts."""
-    connection = Connection(stack.host)
-    cluster = stack.cluster
+    connection, cluster = Connection(stack.host), stack.cluster
     if isinstance(cluster, settings.K3sCluster):
         yield from _k3s(cluster, stack.host, connection)
-    if not isinstance(cluster, settings.K3dCluster):
-        yield from _common(stack, connection, f"/var/lib/homelab/kubeconfigs/{cluster.name}", [])
-    elif not stack.has_cluster:
-        yield Row("cluster", cluster.name, "off", "not looked at", "fine")
-        yield from _common(stack, connection, cluster.kubeconfig.path, [])
-    else:
-        # Not above: Docker's package costs time, and only who has a cluster in it pays.
-        from components.cluster.k3d import cluster_spec
-
-        questions: list[Question] = [
-            (["k3d", "inspect"], cluster_spec(cluster, stack.network)),
-            (["units", "status"], units_spec(stack)),
-            (["backup", "list"], {"name": cluster.name}),
-        ]
-        yield from _common(stack, connection, cluster.kubeconfig.path, questions)
+    yield from _common(stack, connection)
 
 
 def doctor(stack: settings.Settings) -> Rows:
     """Looks at what each host of the stack lacks, each finding with its remedy."""
     connection, cluster = Connection(stack.host), stack.cluster
-    nodes = {connection.name: connection}
-    if isinstance(cluster, settings.K3sCluster):
-        yield from _k3s(cluster, stack.host, connection)
-        nodes = connections_of(cluster, stack.host, connection)
-    elif isinstance(cluster, settings.K3dCluster):
+    if isinstance(cluster, settings.K3dCluster):
         from components.cluster.k3d import cluster_spec
 
         spec = cluster_spec(cluster, stack.network) if stack.has_cluster else {}
-        yield from _findings(connection.name, connection, ["k3d", "doctor"], spec)
-    needs = needs_of(stack.storage)
-    if needs and not isinstance(cluster, settings.K3dCluster):
-        for name, node in nodes.items():
-            question = {"needs": needs, "disks": []}
-            yield from _findings(name, node, ["storage", "check"], question)
-
-
-def _findings(name: str, connection: Connection, verb: Sequence[str], spec: Answer) -> Rows:
-    what = " ".join(verb)
-    try:
-        [answer] = connection.results([(verb, spec)])
-    except Unreachable as unreachable:
-        yield _silent(name, unreachable)
+        try:
+            [answer] = connection.results([(["k3d", "doctor"], spec)])
+        except Unreachable as unreachable:
+            yield _silent(connection.name, unreachable)
+        else:
+            yield from _findings(connection.name, "k3d doctor", answer)
         return
+    needs = needs_of(stack.storage)
+    lacks: Question = (["storage", "check"], {"needs": needs, "disks": []})
+    if isinstance(cluster, settings.K3sCluster):
+        yield from _k3s(cluster, stack.host, connection, lacks)
+        return
+    # Of the machines of a cluster that others made, only the host is reached.
+    own = [name for name, node in cluster.nodes.items() if node.address == stack.host.address]
+    try:
+        asked = [_nodes_question(cluster), *[lacks for _ in own]]
+        answer, *findings = connection.results(asked)
+    except Unreachable as unreachable:
+        yield _silent(connection.name, unreachable)
+        return
+    yield from _nodes(cluster, answer)
+    for name, found in zip(own, findings, strict=True):
+        yield from _findings(f"node {name}", "storage check", found)
+    for name in [name for name in cluster.nodes if needs and name not in own]:
+        now = "not reached by this stack"
+        remedy = f"see by hand what a node must have ({', '.join(needs)}): docs/storage.md"
+        yield Row("host", f"node {name}", "nothing to mend", now, "unknown", remedy)
+
+
+def _findings(name: str, what: str, answer: Answer) -> Rows:
     if not answer["ok"]:
         yield _refused("host", what, answer)
         return
@@ -167,19 +164,16 @@ def _refused(part: str, what: str, answer: Answer) -> Row:
     return Row(part, what, "", now, verdict, error["remedy"])
 
 
-def _common(
-    stack: settings.Settings,
-    connection: Connection,
-    kubeconfig: str,
-    questions: Sequence[Question],
-) -> Rows:
-    """What a stack of any kind has on its host, and what ``questions`` ask of a k3d one: all in one
-    call.
-    """
-    name = stack.cluster.name
+def _common(stack: settings.Settings, connection: Connection) -> Rows:
+    """What a stack of any kind has on its host and in its cluster: all in one call."""
+    cluster = stack.cluster
+    on_k3d = isinstance(cluster, settings.K3dCluster)
+    kubeconfig = cluster.kubeconfig.path if on_k3d else _kubeconfig_of(cluster)
     declared: dict[str, list[str]] = {}
     for secret in stack.declared_secrets():
-        declared.setdefault(secret.namespace, []).append(secret.name)
+        names = declared.setdefault(secret.namespace, [])
+        # One that is optional may be left out (components/secrets.py).
+        names += [] if secret.secret.optional else [secret.name]
     hosts = {
         key: tunnel.connector.container
         for key, tunnel in stack.tunnels.items()
@@ -190,17 +184,15 @@ def _common(
         for key, tunnel in stack.tunnels.items()
         if isinstance(tunnel.connector, settings.ClusterConnector)
     }
-    k3d = stack.cluster if isinstance(stack.cluster, settings.K3dCluster) else None
-    look = {
-        "cluster": name,
-        "kubeconfig": kubeconfig,
-        "namespaces": sorted(declared),
-        "containers": list(hosts.values()),
-        "directories": [k3d.storage_dir] if k3d and questions else [],
-    }
-    asked = [
-        *questions,
+    room = [cluster.storage_dir] if on_k3d and stack.has_cluster else []
+    look = {"cluster": cluster.name, "containers": list(hosts.values()), "directories": room}
+    # In its node, where the kubeconfig on the host may be missing.
+    way_in = {"cluster": cluster.name, "kubeconfig": None if on_k3d else kubeconfig}
+    own = _own_questions(stack)
+    asked: list[Question] = [
+        *own,
         (["watch", "inspect"], look),
+        *[(["secret", "list"], way_in) for _ in declared and [1]],
         *(
             (
                 ["connector", "status"],
@@ -214,41 +206,129 @@ def _common(
         ),
     ]
     try:
-        answers = connection.results(asked)
+        answers = iter(connection.results(asked))
     except Unreachable as unreachable:
         yield _silent(connection.name, unreachable)
         return
     yield Row("host", connection.name, "reachable", "answers", "fine")
-    own, seen, connectors = (
-        answers[: len(questions)],
-        answers[len(questions)],
-        answers[len(questions) + 1 :],
-    )
-    if questions:
-        yield from _k3d(stack, own)
+    live, *upkeep = (next(answers) for _ in own)
+    if not isinstance(cluster, settings.K3dCluster):
+        yield from _nodes(cluster, live)
+    elif stack.has_cluster:
+        yield from _k3d(cluster.name, live)
+    else:
+        yield _off(cluster, live)
+    if upkeep:
+        yield from _upkeep(stack, *upkeep)
+    seen = next(answers)
+    if declared:
+        yield from _secrets(declared, next(answers))
+    for key, answer in zip(inside, answers, strict=True):
+        yield _connector(key, inside[key], answer)
     if not seen["ok"]:
         yield _refused("host", "watch inspect", seen)
         return
-    yield from _secrets(declared, seen)
-    for key, answer in zip(inside, connectors, strict=True):
-        yield _connector(key, inside[key], answer)
     for key, container in hosts.items():
         state = seen["containers"][container]
         verdict = "unknown" if state is None else "fine" if state == "running" else "bad"
         remedy = "pulumi up" if state == "absent" else f"docker logs {container}"
         yield Row("tunnels", key, "running", state or "cannot tell", verdict, remedy)
     for directory, free in seen["room"].items():
-        now = "cannot tell" if free is None else f"{free / _GIB:.1f} GiB left"
-        verdict = "unknown" if free is None else "fine" if free >= 5 * _GIB else "bad"
-        yield Row("host", directory, "5 GiB of room", now, verdict, f"hostctl clean {name}")
+        yield _room(directory, free, f"hostctl clean {cluster.name}")
     yield from _watching(stack, seen["report"])
     for one in seen["unseen"]:
         yield Row("host", "not seen", "", one, "unknown")
 
 
-def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
-    inspect, units, backups = answers
-    name = stack.cluster.name
+def _own_questions(stack: settings.Settings) -> list[Question]:
+    """What the host is asked about a cluster of this kind."""
+    cluster = stack.cluster
+    backups: list[Question] = (
+        [
+            (["units", "status"], units_spec(stack)),
+            (["backup", "list"], {"name": cluster.name}),
+        ]
+        if _has_units(stack)
+        else []
+    )
+    if not isinstance(cluster, settings.K3dCluster):
+        return [_nodes_question(cluster), *backups]
+    # Not above: Docker's package costs time, and only who has a cluster in it pays.
+    from components.cluster.k3d import cluster_spec
+
+    spec = cluster_spec(cluster, stack.network)
+    if not stack.has_cluster:
+        # Where from is no matter while it is not wanted here.
+        return [(["k3d", "inspect"], {**spec, "moved_from": None})]
+    return [(["k3d", "inspect"], spec), *backups]
+
+
+def _has_units(stack: settings.Settings) -> bool:
+    if isinstance(stack.cluster, settings.K3sCluster):
+        return bool(stack.backups.items)
+    return isinstance(stack.cluster, settings.K3dCluster) and stack.has_cluster
+
+
+def _kubeconfig_of(cluster: settings.K3sCluster | settings.ExistingCluster) -> str:
+    """Where the host keeps the way in, from the first up on."""
+    return f"/var/lib/homelab/kubeconfigs/{cluster.name}"
+
+
+def _nodes_question(cluster: settings.K3sCluster | settings.ExistingCluster) -> Question:
+    return ["cluster", "inspect"], {"name": cluster.name, "kubeconfig": _kubeconfig_of(cluster)}
+
+
+def _nodes(cluster: settings.K3sCluster | settings.ExistingCluster, answer: Answer) -> Rows:
+    """What the API tells of the nodes, and whether it answers."""
+    if not answer["ok"]:
+        yield _refused("cluster", cluster.name, answer)
+        return
+    if answer["state"] != "reachable":
+        remedy = (
+            "systemctl status k3s on the servers (docs/tower.md)"
+            if isinstance(cluster, settings.K3sCluster)
+            else "bring its API up: docs/metal.md"
+        )
+        now = f"does not answer: {answer['detail']}"
+        yield Row("cluster", cluster.name, "answers", now, "bad", remedy)
+        return
+    yield Row("cluster", cluster.name, "answers", "answers", "fine")
+    for name in [*cluster.nodes, *sorted(answer["nodes"].keys() - cluster.nodes.keys())]:
+        node = answer["nodes"].get(name)
+        if node is None:
+            now, verdict, remedy = "no such node", "bad", "let it join, or remove it from "
+            remedy += "homelab:cluster.nodes"
+        elif name not in cluster.nodes:
+            now, verdict = "not declared", "bad"
+            remedy = f"write its address under homelab:cluster.nodes.{name}"
+        else:
+            now = f"{'Ready' if node['ready'] else 'not Ready'} {node['version']}".rstrip()
+            verdict = "fine" if node["ready"] else "bad"
+            remedy = f"kubectl describe node {name}"
+        yield Row("cluster", f"node {name}", "Ready", now, verdict, remedy)
+
+
+def _off(cluster: settings.K3dCluster, answer: Answer) -> Row:
+    """A cluster that the settings describe and do not want, or not yet."""
+    if not answer["ok"]:
+        error = answer["error"]
+        if error["code"] == "refused":
+            # That of one that moved away, among others.
+            return Row("cluster", cluster.name, "off", error["cause"], "fine")
+        return _refused("cluster", cluster.name, answer)
+    state = answer["cluster"]["state"]
+    verdict = "bad" if state == "running" else "fine"
+    remedy = "homelab:cluster.enabled is false: docs/move.md says when which host has it"
+    return Row("cluster", cluster.name, "off", state, verdict, remedy)
+
+
+def _room(what: str, free: int | None, remedy: str) -> Row:
+    now = "cannot tell" if free is None else f"{free / _GIB:.1f} GiB left"
+    verdict = "unknown" if free is None else "fine" if free >= 5 * _GIB else "bad"
+    return Row("host", what, "5 GiB of room", now, verdict, remedy)
+
+
+def _k3d(name: str, inspect: Answer) -> Rows:
     if not inspect["ok"]:
         yield _refused("cluster", name, inspect)
     else:
@@ -268,6 +348,10 @@ def _k3d(stack: settings.Settings, answers: Sequence[Answer]) -> Rows:
             yield Row("cluster", "warning", "", one["what"], "bad", one["remedy"])
         for one in live["unseen"]:
             yield Row("cluster", "not seen", "", one, "unknown")
+
+
+def _upkeep(stack: settings.Settings, units: Answer, backups: Answer) -> Rows:
+    """What runs on the host on a schedule, and what came of it."""
     if not units["ok"]:
         yield _refused("host", "units", units)
     else:
@@ -317,14 +401,14 @@ def _backups(stack: settings.Settings, answer: Answer) -> Rows:
         yield Row("backups", name, schedule, now, "bad" if late else "fine", remedy)
 
 
-def _secrets(declared: Mapping[str, Sequence[str]], seen: Answer) -> Rows:
+def _secrets(declared: Mapping[str, Sequence[str]], answer: Answer) -> Rows:
+    if not answer["ok"]:
+        yield _refused("secrets", "all", answer)
+        return
+    there = {(one["namespace"], one["name"]) for one in answer["secrets"]}
     for namespace, names in sorted(declared.items()):
-        there = seen["secrets"].get(namespace)
         count = str(len(names))
-        if there is None:
-            yield Row("secrets", namespace, count, "cannot tell", "unknown")
-            continue
-        missing = sorted(set(names) - set(there))
+        missing = sorted(name for name in names if (namespace, name) not in there)
         now = f"without {', '.join(missing)}" if missing else count
         yield Row("secrets", namespace, count, now, "bad" if missing else "fine", "pulumi up")
 
@@ -354,29 +438,39 @@ def _watching(stack: settings.Settings, report: Answer | None) -> Rows:
         yield Row("watching", check, "passed", now, verdicts[one["state"]], one["remedy"])
 
 
-def _k3s(cluster: settings.K3sCluster, host: settings.Host, connection: Connection) -> Rows:
-    """Each node on its own machine, one call each."""
+def _k3s(
+    cluster: settings.K3sCluster,
+    host: settings.Host,
+    connection: Connection,
+    *more: Question,
+) -> Rows:
+    """Each node on its own machine, one call each; ``more`` are asked for findings."""
     for name, way in connections_of(cluster, host, connection).items():
         spec = {**node_spec(cluster, name), "tokenDigest": _NO_DIGEST}
+        look = {"cluster": cluster.name, "directories": [_K3S_DATA]}
         try:
-            [answer] = way.results([(["k3s", "inspect"], spec)])
+            asked: list[Question] = [(["k3s", "inspect"], spec), (["watch", "inspect"], look)]
+            answer, seen, *found = way.results([*asked, *more])
         except Unreachable as unreachable:
             yield _silent(f"node {name}", unreachable)
             continue
         if not answer["ok"]:
-            yield _refused("cluster", f"node {name}", answer)
+            yield _refused("host", f"k3s on {name}", answer)
             continue
         node = answer["node"] or {"state": "absent", "version": None}
         verdict = "fine" if node["state"] == "running" else "bad"
         version = f" {node['version']}" if node["version"] else ""
-        declared = f"running {cluster.version}"
-        yield Row(
-            "cluster", f"node {name}", declared, node["state"] + version, verdict, "pulumi up"
-        )
+        declared, now = f"running {cluster.version}", node["state"] + version
+        yield Row("host", f"k3s on {name}", declared, now, verdict, "pulumi up")
         for one in answer["differences"] if answer["node"] else []:
             # Secrets are not compared: this reader has none.
             if one["key"] in ("state", "tokenDigest") or one["key"].startswith("config.etcd-s3-"):
                 continue
             yield _difference(f"{name}: {one['key']}", one, "pulumi up")
         for one in answer["warnings"]:
-            yield Row("cluster", f"node {name}", "", one["what"], "bad", one["remedy"])
+            yield Row("host", f"k3s on {name}", "", one["what"], "bad", one["remedy"])
+        if seen["ok"]:
+            remedy = f"on {name}: k3s crictl rmi --prune (docs/runbooks/disk-full.md)"
+            yield _room(f"{name}:{_K3S_DATA}", seen["room"][_K3S_DATA], remedy)
+        for (verb, _), findings in zip(more, found, strict=True):
+            yield from _findings(f"node {name}", " ".join(verb), findings)

@@ -63,7 +63,10 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
     if isinstance(stack.cluster, settings.K3sCluster):
         connections = connections_of(stack.cluster, stack.host, connection)
         k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
-        return _K3s(stack.cluster, k3s, connection, connections)
+        units = None
+        if stack.backups.items and k3s.nodes[stack.cluster.names("server")[0]].state != "unknown":
+            units = yield from LiveUnits.read(stack)
+        return _K3s(stack, stack.cluster, k3s, units, connection, connections)
     if not stack.has_cluster:
         return _Off(stack.cluster)
     # Not above: Docker's package costs time, and only who has a cluster in it pays.
@@ -203,12 +206,14 @@ def connections_of(
 class _K3s:
     def __init__(
         self,
+        stack: settings.Settings,
         cluster: settings.K3sCluster,
         live: LiveK3s,
+        units: LiveUnits | None,
         connection: Connection,
         connections: Mapping[str, Connection],
     ) -> None:
-        self._cluster, self._live = cluster, live
+        self._stack, self._cluster, self._live, self._units = stack, cluster, live, units
         self._connection, self._connections = connection, connections
 
     @property
@@ -229,6 +234,8 @@ class _K3s:
 
     def announce(self) -> None:
         self._live.announce(self._cluster)
+        if self._units:
+            self._units.announce(self._connection.name)
 
     def declare(self, host: Host, engine: "docker.Provider | None") -> Declared:
         hosts = {
@@ -237,4 +244,9 @@ class _K3s:
         }
         args = K3sClusterArgs(self._cluster, self._live, host, hosts)
         made = K3sCluster(self._cluster.name, args)
-        return Declared(made.cluster, made.output, made.kubeconfig)
+        if self._stack.backups.items:
+            # Of a first server that does not answer nothing is known; an up is refused.
+            units = self._units or LiveUnits("systemd", 0)
+            Units(self._cluster.name, UnitsArgs(self._stack, units, host, after=[made]))
+        backups = self._units.output if self._units else None
+        return Declared(made.cluster, made.output, made.kubeconfig, backups=backups or None)

@@ -44,7 +44,7 @@ def undeclared_secrets(engine: Engine, declared: Collection[str]) -> list[str]:
         asked = {"cluster": stack.cluster.name, "kubeconfig": live.kubeconfig}
         seen = connection.read(ask(["secret", "list"], asked))["secrets"]
         known = {f"{one.namespace}/{one.name}" for one in stack.declared_secrets()} | {*declared}
-        names = (f"{one['namespace']}/{one['name']}" for one in seen)
+        names = (f"{one['namespace']}/{one['name']}" for one in seen if one["kept"])
         found.extend(sorted(name for name in names if name not in known))
 
     _run(engine, program, "the Secrets of the cluster")

@@ -364,26 +364,58 @@ class Settings(Model):
                 )
 
     def _upkeep_problems(self) -> Iterator[Problem]:
-        """Cleaning and backups are hostctl's on a host of k3d alone."""
+        """Cleaning is hostctl's on a host of k3d alone, and backups on a server of k3s as well."""
         if isinstance(self.cluster, K3dCluster):
             return
+        if isinstance(self.cluster, K3sCluster):
+            yield from self._k3s_backup_problems(self.cluster)
         remedies = {
             "cleaning": "remove it: each node's kubelet removes unused images when its disk fills "
             "(imageGCHighThresholdPercent)",
-            "backups": "remove it; the datastore of k3s is kept by homelab:cluster.snapshots, a "
-            "volume of Longhorn by homelab:storage.longhorn.jobs with task backup "
-            "(docs/storage.md)",
+            "backups": "remove it, and save its datastore where it was made; a volume of Longhorn "
+            "is kept by homelab:storage.longhorn.jobs with task backup (docs/storage.md)",
         }
+        on_k3s = isinstance(self.cluster, K3sCluster)
+        kinds = {"cleaning": "k3d alone", "backups": "k3d or k3s"}
         for key, remedy in remedies.items():
-            if getattr(self, key).model_fields_set:
+            if getattr(self, key).model_fields_set and not (on_k3s and key == "backups"):
                 yield Problem(
                     (key,),
                     None,
-                    "this section with homelab:cluster.kind k3d alone",
+                    f"this section with homelab:cluster.kind {kinds[key]}",
                     remedy,
                     f"does nothing with kind {self.cluster.kind}: the nodes' files and images are "
                     "not the host's",
                     [("cluster", "kind")],
+                )
+
+    def _k3s_backup_problems(self, cluster: K3sCluster) -> Iterator[Problem]:
+        """They are taken on the stack's host, of what a server has."""
+        first = next(iter(cluster.names("server")), None)
+        if not self.backups.items or first is None:
+            return
+        if cluster.login(first, self.host) is not self.host:
+            yield Problem(
+                ("backups", "items"),
+                None,
+                "with homelab:cluster.kind k3s, items where homelab:host is the first server: it "
+                "takes them",
+                f"give homelab:host the address of {first}, or remove them",
+                "would be taken on a machine that is not the first server",
+                [("host", "address"), ("cluster", "nodes")],
+            )
+        for name, item in self.backups.items.items():
+            if item.kind == "datastore" and cluster.datastore == "etcd":
+                yield Problem(
+                    ("backups", "items", name, "kind"),
+                    item.kind,
+                    "volume, postgres or directory where the datastore is etcd: k3s takes its "
+                    "snapshots itself, on every server",
+                    "write homelab:cluster.snapshots with a directory, make that an item of kind "
+                    "directory, and /var/lib/homelab/k3s-tokens another: a snapshot opens with "
+                    "the token of its time (docs/tower.md)",
+                    "is for SQLite",
+                    [("cluster", "datastore"), ("cluster", "nodes")],
                 )
 
     def _reachability_problems(self) -> Iterator[Problem]:

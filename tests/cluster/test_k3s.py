@@ -7,7 +7,9 @@ and their k3s stand-ins; API servers, etcd, SSH and the download are real.
 
 import copy
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -297,6 +299,36 @@ def test_a_cluster_comes_up_although_its_installation_is_killed_at_every_step(to
             r"tower.json .*generation",
         )
     tower.assert_whole()
+
+
+def test_snapshots_and_tokens_are_copied_by_restic_and_proved_by_restoring(tower: Tower) -> None:
+    first = tower.first
+    restic = shutil.which("restic", path=os.pathsep.join(map(str, tower.lan.rig.first)))
+    assert restic
+    first.machine.run(["ln", "--symbolic", "--force", restic, "/usr/local/bin/restic"])
+    key = {"path": "/var/lib/homelab/backups/tower/nas.password", "content": "made-up-password"}
+    first.do("files write", {**key, "mode": "0600", "owner": "root", "group": "root"})
+    first.do("k3s snapshot take", {"cluster": "tower"})
+    snapshots = "/var/lib/rancher/k3s/server/db/snapshots"
+    places = {"snapshots": snapshots, "tokens": "/var/lib/homelab/k3s-tokens"}
+    spec = {
+        "cluster": "tower",
+        "items": [
+            {"name": name, "kind": "directory", "path": path} for name, path in places.items()
+        ],
+        "targets": [
+            {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_daily": 14}
+        ],
+    }
+    first.do("backup run", spec)
+    verified = first.do("backup verify", spec)["verified"]["nas"]
+    assert set(verified) == set(places)
+    assert all(one["bytes"] for one in verified.values())
+    for name, path in places.items():
+        into = f"/mnt/new/{name}"
+        first.do("backup restore", {**spec, "item": name, "target": "nas", "into": into})
+        first.machine.run(["diff", "--recursive", into, path])
+    assert first.machine.run(["ls", "/mnt/new/snapshots"]).stdout.startswith("on-demand-")
 
 
 def test_a_member_that_was_lost_comes_back(tower: Tower) -> None:

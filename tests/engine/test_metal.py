@@ -23,6 +23,7 @@ from tests.engine.conftest import (
     planned,
     urns,
 )
+from tests.engine.test_status import run, status
 
 pytestmark = pytest.mark.engine
 
@@ -297,3 +298,45 @@ if __name__ == "__main__":
         stack = Metal(Path(directory))
         stack.up()
         URNS.write_text("".join(f"{urn}\n" for urn in urns(stack)))
+
+
+def test_status_tells_of_the_nodes_and_of_an_api_that_does_not_answer(metal):
+    ran = run(metal)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "cluster  node worker-2       Ready      Ready v1.31.5" in ran.stdout
+    node = metal.objects / "_cluster" / "Node"
+    with edited_file(node / "worker-1.json") as worker:
+        worker["status"]["conditions"][0]["status"] = "Unknown"
+    (node / "worker-2.json").rename(node / "worker-3.json")
+    with edited_file(node / "worker-3.json") as worker:
+        worker["metadata"]["name"] = "worker-3"
+    seen = status(metal)
+    assert seen.code == 1
+    assert {place: seen[place]["now"] for place in seen.of("bad")} == {
+        ("cluster", "node worker-1"): "not Ready v1.31.5",
+        ("cluster", "node worker-2"): "no such node",
+        ("cluster", "node worker-3"): "not declared",
+    }
+    with edited_file(metal.cluster_file) as cluster:
+        cluster["state"] = "stopped"
+    for arguments in ([], ["--doctor"]):
+        seen = status(metal, *arguments)
+        assert seen.code == 1
+        assert seen.of("bad") == {("cluster", "metal")}
+        assert "i/o timeout" in seen["cluster", "metal"]["now"]
+
+
+def test_status_and_doctor_of_a_host_that_does_not_answer_end_with_2(metal):
+    (metal.world / "machine" / "down").touch()
+    for arguments in ([], ["--doctor"]):
+        seen = status(metal, *arguments)
+        assert seen.code == 2
+        assert seen.of("unknown") == {("host", "host 192.168.1.130")}
+
+
+def test_before_the_first_up_status_says_what_is_not_there_yet(fresh):
+    seen = status(fresh)
+    assert seen.code == 1
+    assert seen["state", "resources"]["now"] == "none"
+    assert seen["cluster", "metal"]["verdict"] == "unknown"
+    assert "pulumi up" in seen["cluster", "metal"]["remedy"]

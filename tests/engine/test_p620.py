@@ -14,6 +14,7 @@ import yaml
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import CHECKOUT, Rehearsal, with_made_up_secrets
 from tests.engine.conftest import P510, errors, planned
+from tests.engine.test_status import status
 from tests.unit.test_hostctl import Host
 
 pytestmark = pytest.mark.engine
@@ -231,6 +232,11 @@ def test_a_stack_whose_cluster_is_off_keeps_hostctl_there_and_nothing_else(hosts
     assert (outputs["namespaces"], outputs["tunnels"], outputs["urls"]) == ([], {}, {})
     assert hosts.cloudflare() == before
     assert hosts.new.machine.clusters() == []
+    for arguments in ([], ["--doctor"]):
+        assert status(hosts.p620, *arguments).code == 0
+    assert status(hosts.p620)["cluster", "factory"]["now"] == "absent"
+    (hosts.p620.world / "machine" / "down").touch()
+    assert status(hosts.p620).of("unknown") == {("host", "this machine")}
 
 
 def test_no_empty_cluster_takes_the_place_of_one_that_was_not_moved(hosts):

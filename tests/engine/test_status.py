@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from hostctl import cli
-from tests.engine.conftest import P510, StackRehearsal, edited_file
+from rehearsal.run import Rehearsal
+from tests.engine.conftest import P510, edited_file
 
 pytestmark = pytest.mark.engine
 
@@ -37,9 +38,7 @@ class Seen:
         return {(row["part"], row["what"]) for row in self.rows if row["verdict"] == verdict}
 
 
-def run(
-    stack: StackRehearsal, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(stack: Rehearsal, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     project = str(stack.directory / "project")
     return subprocess.run(
         [sys.executable, "-m", "status", *arguments, "--project", project, stack.stack],
@@ -49,7 +48,8 @@ def run(
     )
 
 
-def status(stack: StackRehearsal, *arguments: str, **environment: str) -> Seen:
+def status(stack: Rehearsal, *arguments: str, **environment: str) -> Seen:
+    """What `make status JSON=1`, or with --doctor `make doctor`, tells of a stack of any kind."""
     return Seen(run(stack, "--json", *arguments, **environment))
 
 

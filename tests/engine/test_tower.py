@@ -7,8 +7,6 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 
 import copy
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,14 @@ import yaml
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
-from tests.engine.conftest import StackRehearsal, assert_state_is_rebuilt, errors, planned
+from tests.engine.conftest import (
+    StackRehearsal,
+    assert_state_is_rebuilt,
+    edited_file,
+    errors,
+    planned,
+)
+from tests.engine.test_status import status
 
 pytestmark = pytest.mark.engine
 
@@ -172,27 +177,65 @@ def test_a_lost_state_is_rebuilt_from_what_exists(tower):
 
 
 def test_status_tells_of_each_node_and_of_one_that_does_not_answer(tower):
-    def status(code: int) -> dict[tuple[str, str], Any]:
-        project = str(tower.directory / "project")
-        ran = subprocess.run(
-            [sys.executable, "-m", "status", "--json", "--project", project, "tower"],
-            env=tower.process_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert ran.returncode == code, ran.stdout + ran.stderr
-        return {(row["part"], row["what"]): row for row in json.loads(ran.stdout)}
-
-    rows = status(0)
+    seen = status(tower)
+    assert seen.code == 0
     for node in NODES:
-        assert rows["cluster", f"node {node}"]["now"] == "running v1.33.5+k3s1"
+        assert seen["host", f"k3s on {node}"]["now"] == "running v1.33.5+k3s1"
+        assert seen["cluster", f"node {node}"]["now"] == "Ready v1.33.5+k3s1"
+        assert "GiB left" in seen["host", f"{node}:/var/lib/rancher/k3s"]["now"]
     tower.silence(SECOND)
-    rows = status(2)
-    assert rows["host", "node k3s-worker-2"]["now"].startswith("does not answer: ssh: ")
-    assert rows["cluster", "node k3s-worker-1"]["verdict"] == "fine"
+    seen = status(tower)
+    assert seen["host", "node k3s-worker-2"]["now"].startswith("does not answer: ssh: ")
+    assert seen["host", "k3s on k3s-worker-1"]["verdict"] == "fine"
+    assert seen.of("unknown") == {("host", "node k3s-worker-2")}
     tower.silence(SECOND, False)
     tower.machine(WORKER).run(["systemctl", "stop", "k3s-agent.service"])
-    assert status(1)["cluster", "node k3s-worker-1"]["verdict"] == "bad"
+    seen = status(tower)
+    assert seen.code == 1
+    assert ("host", "k3s on k3s-worker-1") in seen.of("bad")
+
+
+def test_status_and_doctor_without_an_api_and_without_the_host(tower):
+    assert status(tower, "--doctor").code == 0
+    tower.machine(MASTER).run(["systemctl", "stop", "k3s.service"])
+    seen = status(tower)
+    assert seen.code == 1
+    assert seen.of("bad") == {("host", "k3s on k3s-master"), ("cluster", "tower")}
+    assert seen["cluster", "tower"]["now"].startswith("does not answer: ")
+    tower.silence(MASTER)
+    for arguments in ([], ["--doctor"]):
+        seen = status(tower, *arguments)
+        assert seen.code == 2
+        assert ("host", "node k3s-master") in seen.of("unknown")
+        assert ("host", "k3s on k3s-worker-2") in seen.of("fine")
+
+
+def test_backups_run_on_timers_of_the_first_server_and_its_preview_tells_what_is_unproved(tower):
+    with StackRehearsal.edited(tower) as settings:
+        settings["backups"] = {
+            "items": {"cluster": {"kind": "datastore"}},
+            "targets": {"nas": {"kind": "directory", "path": "/mnt/nas", "password": "made-up-1"}},
+        }
+    made = {"create Units tower", "create Command units", "create Command nas.password"}
+    assert planned(tower.up()) == made
+    preview = tower.preview()
+    assert planned(preview) == set()
+    assert "the copy of cluster at nas was verified never, allowed are 10 days" in preview.stdout
+    timer = tower.machine(MASTER).read("/etc/systemd/system/homelab-tower-verify.timer")
+    assert b"OnCalendar=weekly" in timer
+    seen = status(tower)
+    assert seen["host", "homelab-tower-backup.timer"]["verdict"] == "fine"
+    assert seen["backups", "cluster"]["now"] == "none yet"
+    restored = {"at": "2026-01-01T00:00:00Z", "taken": "2026-01-01T00:00:00Z"}
+    record = tower.machine(MASTER)._file("/var/lib/homelab/clusters/tower.json")
+    with edited_file(record) as recorded:
+        recorded["verified"] = {"nas": {"cluster": {**restored, "recovery_seconds": 1.5}}}
+    tower.up()
+    assert tower.outputs()["backups"]["nas"]["cluster"]["recoverySeconds"] == 1.5
+    with StackRehearsal.edited(tower) as settings:
+        del settings["backups"]
+    tower.up()
+    assert tower.machine(MASTER).names("/etc/systemd/system") == ["k3s.service"]
 
 
 def test_no_credential_is_in_the_state_in_clear_or_in_any_output_of_a_run(tower):

@@ -20,6 +20,7 @@ from tests.engine.conftest import (
     planned,
     urns,
 )
+from tests.engine.test_status import run, status
 
 pytestmark = pytest.mark.engine
 
@@ -242,3 +243,20 @@ if __name__ == "__main__":
         stack = TrueNAS(Path(directory))
         stack.up()
         URNS.write_text("".join(f"{urn}\n" for urn in urns(stack)))
+
+
+def test_status_and_doctor_with_the_cluster_up_down_and_the_host_out_of_reach(truenas):
+    ran = run(truenas)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "homelab truenas start" in ran.stdout
+    assert status(truenas, "--doctor").code == 0
+    truenas.on_host("docker", "stop", "-t", "60", NODE)
+    seen = status(truenas)
+    assert seen.code == 1
+    assert ("cluster", "truenas") in seen.of("bad")
+    assert ("host", "homelab truenas clean") in seen.of("fine")
+    (truenas.world / "machine" / "down").touch()
+    for arguments in ([], ["--doctor"]):
+        seen = status(truenas, *arguments)
+        assert seen.code == 2
+        assert seen.of("unknown") == {("host", "host 192.168.1.100")}

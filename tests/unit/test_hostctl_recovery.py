@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_hostctl import Host
-from tests.unit.test_hostctl_existing import Metal
+from tests.unit.test_hostctl_existing import FILE, Metal
 
 
 def test_ids_in_docker_are_found_by_name(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_docker_that_does_not_answer_is_no_absence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "metadata", "listed"),
+    ("kind", "metadata", "kept"),
     [
         ("Opaque", {}, True),
         ("kubernetes.io/service-account-token", {}, False),
@@ -39,8 +39,8 @@ def test_a_docker_that_does_not_answer_is_no_absence(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_secrets_that_somebody_made_are_listed_by_name(
-    tmp_path: Path, kind: str, metadata: dict, listed: bool
+def test_secrets_are_listed_by_name_and_told_whether_anybody_makes_them_again(
+    tmp_path: Path, kind: str, metadata: dict, kept: bool
 ) -> None:
     metal = Metal(tmp_path)
     secret = {
@@ -51,6 +51,7 @@ def test_secrets_that_somebody_made_are_listed_by_name(
         "data": {"password": "Y2FuYXJ5"},
     }
     metal.objects.put(f"{metal.inside.cluster}/default/Secret/one", secret)
-    found = metal("secret list", {"cluster": "metal", "kubeconfig": metal.kubeconfig})
-    assert found["secrets"] == ([{"namespace": "default", "name": "one"}] if listed else [])
-    assert "Y2FuYXJ5" not in str(found)
+    for kubeconfig in (metal.kubeconfig, FILE):
+        found = metal("secret list", {"cluster": "metal", "kubeconfig": kubeconfig})
+        assert found["secrets"] == [{"namespace": "default", "name": "one", "kept": kept}]
+        assert "Y2FuYXJ5" not in str(found)
