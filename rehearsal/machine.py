@@ -1638,7 +1638,7 @@ class RehearsalMachine(Machine):
     def kubectl_of(self, ca: str, words: list[str], input: bytes) -> Ran:
         """kubectl on the cluster of a CA (base64)."""
         if words[0] == "exec":
-            return self._in_pod(words[1:], input)
+            return self.in_pod(words[1:], input)
         # Only what reaches a cluster needs its API server, which is slow to load.
         from rehearsal.kubectl import Kubectl
 
