@@ -33,6 +33,7 @@ MODULES = (
     "acceptance",
     "install",
     "workloads",
+    "owners",
     "existing",
     "storage",
     "argocd",
