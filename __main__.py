@@ -64,7 +64,8 @@ network = stack.network
 namespaces = access = ingress = argocd = None
 if cluster and declared.kubeconfig:
     owners = stack.declared_namespaces()
-    limits = NamespacesArgs(owners, cluster, stack.namespaces, stack.storage.namespaces)
+    security, own = stack.pod_security(), stack.own_namespaces()
+    limits = NamespacesArgs(owners, cluster, stack.namespaces, security, own)
     namespaces = Namespaces(name, limits)
     if stack.access:
         grants = AccessArgs(stack.access, cluster, declared.kubeconfig, after=[namespaces])

@@ -9,10 +9,8 @@ import pulumi_kubernetes as kubernetes
 
 from components import settings
 from components.cluster import Cluster
+from components.network.policy import admit
 
-_PRIVILEGED = {
-    f"pod-security.kubernetes.io/{mode}": "privileged" for mode in ("enforce", "audit", "warn")
-}
 # Of what the stack makes for a namespace there is one each.
 _NAME = "homelab"
 _DNS_PORTS = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
@@ -21,14 +19,15 @@ _DNS_PORTS = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
 @dataclass(frozen=True)
 class NamespacesArgs:
     """``owners`` says of each namespace who makes it: `pulumi`, or `argocd`, then it is only known
-    by name. ``declared`` are those of which more is said. Pods of ``privileged`` ones may do what
-    Pod Security keeps from others.
+    by name. ``declared`` are those of which more is said, ``security`` is the Pod Security of those
+    of which it is not. In ``own`` ones only the stack itself has pods.
     """
 
     owners: Mapping[str, str]
     cluster: Cluster
     declared: Mapping[str, settings.Namespace] = field(default_factory=dict)
-    privileged: Collection[str] = ()
+    security: Mapping[str, settings.PodSecurity] = field(default_factory=dict)
+    own: Collection[str] = ()
 
 
 class Namespaces(pulumi.ComponentResource):
@@ -56,19 +55,18 @@ class Namespaces(pulumi.ComponentResource):
             if owner != "pulumi":
                 continue
             declared = args.declared.get(namespace, settings.Namespace())
-            security = declared.pod_security
-            metadata: kubernetes.meta.v1.ObjectMetaArgsDict = {"name": namespace}
-            if security:
-                metadata["labels"] = security.labels
-            elif namespace in args.privileged:
-                metadata["labels"] = _PRIVILEGED
+            security = (
+                declared.pod_security or args.security.get(namespace) or settings.PodSecurity()
+            )
             self.namespaces[namespace] = made = kubernetes.core.v1.Namespace(
-                namespace, metadata=metadata, opts=kept
+                namespace, metadata={"name": namespace, "labels": security.labels}, opts=kept
             )
             within = pulumi.ResourceOptions.merge(
                 options, pulumi.ResourceOptions(depends_on=[made])
             )
             _limit(namespace, declared, within)
+            if namespace in args.own:
+                admit(_NAME, namespace, None, within)
         self.names = pulumi.Output.from_input(sorted(args.owners))
         self.register_outputs({"names": self.names})
 

@@ -15,12 +15,15 @@ import pulumi_kubernetes as kubernetes
 
 from components import settings
 from components.cluster import Cluster
+from components.network.policy import admit
 from components.settings.tailscale import NAMESPACE
 from components.versions import TAILSCALE_OPERATOR
 
 # The chart reads this name when it is given no credentials; given some, they would lie in the
 # release's values.
 _CREDENTIALS = "operator-oauth"
+# Of the operator's own pod, as the chart has it.
+_LABELS = {"app": "operator"}
 
 
 def warn_of_sidecars(tailscale: settings.Tailscale) -> None:
@@ -82,6 +85,8 @@ class TailscaleOperator(pulumi.ComponentResource):
         }
         if operator.hostname:
             values["hostname"] = operator.hostname
+        # Its proxies take what the tailnet and the cluster send them; nobody calls the operator.
+        policy = admit("operator", NAMESPACE, _LABELS, options)
         kubernetes.helm.v3.Release(
             "tailscale-operator",
             name="tailscale-operator",
@@ -91,7 +96,7 @@ class TailscaleOperator(pulumi.ComponentResource):
             repository_opts={"repo": TAILSCALE_OPERATOR.repository},
             values={"operatorConfig": values},
             opts=pulumi.ResourceOptions.merge(
-                options, pulumi.ResourceOptions(depends_on=[credentials])
+                options, pulumi.ResourceOptions(depends_on=[credentials, policy])
             ),
         )
         self.register_outputs({})

@@ -1,6 +1,6 @@
 """Cloudflare tunnels: public hostnames for services of the cluster and of the host.
 
-The only module that imports pulumi_cloudflare, which costs seconds: a stack without tunnels must
+The only module that imports Cloudflare's resources, which is slow: a stack without tunnels must
 not import it.
 
 Taking over a tunnel that exists: ``adopt.id`` imports it instead of making one, so its id stays,
@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pulumi
-import pulumi_cloudflare as cloudflare
 import pulumi_docker as docker
 import pulumi_kubernetes as kubernetes
 
 import homelab
-from components import settings, versions
+from components import cloudflare, settings, versions
 from components.cluster import Cluster
 from components.host import Host
+from components.network.policy import admit
 from components.ownership import deployment_name
 from components.settings.tunnel import CONNECTOR_RESOURCES, KEEPALIVE_RESOURCES
 
@@ -266,9 +266,9 @@ class CloudflareTunnel(pulumi.ComponentResource):
     def _connect_from_cluster(
         self, connector: settings.ClusterConnector, token: pulumi.Output[str]
     ) -> None:
-        """A Deployment without a NetworkPolicy of its own: the services of its routes may be in any
-        namespace and outside the cluster. One of its namespace that would cut it off is refused in
-        the settings.
+        """A Deployment to which nobody talks but who reads its metrics. What it talks to is not
+        limited, since the services of its routes may be anywhere; a NetworkPolicy of its namespace
+        that would cut it off is refused in the settings.
         """
         args, cluster = self._args, self._cluster
         name, namespace = deployment_name(self._name), connector.namespace
@@ -301,6 +301,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
             data={"token": token.apply(_base64)},
             opts=options,
         )
+        policy = admit(name, namespace, selector, options, cluster=[connector.metrics_port])
         kubernetes.apps.v1.Deployment(
             f"{namespace}/{name}",
             metadata={"name": name, "namespace": namespace, "labels": labels},
@@ -371,7 +372,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                 },
             },
             opts=pulumi.ResourceOptions.merge(
-                options, pulumi.ResourceOptions(depends_on=[secret, stop])
+                options, pulumi.ResourceOptions(depends_on=[secret, stop, policy])
             ),
         )
         kubernetes.core.v1.Service(
@@ -453,12 +454,19 @@ class CloudflareTunnel(pulumi.ComponentResource):
         self, connector: settings.ClusterConnector, routes: Sequence[settings.Route]
     ) -> None:
         """A Deployment without probes: an origin that does not answer is a line in its log and
-        restarts nothing.
+        restarts nothing. Nobody talks to it.
         """
         args, cluster = self._args, self._cluster
         name, namespace = f"keepalive-{self._name}", connector.namespace
         selector = {"app.kubernetes.io/name": name}
         labels = {**selector, "app.kubernetes.io/managed-by": "pulumi"}
+        options = pulumi.ResourceOptions(
+            parent=self,
+            provider=cluster.provider,
+            deleted_with=cluster.identity,
+            depends_on=list(args.after),
+        )
+        policy = admit(name, namespace, selector, options)
         kubernetes.apps.v1.Deployment(
             f"{namespace}/{name}",
             metadata={"name": name, "namespace": namespace, "labels": labels},
@@ -488,12 +496,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                     },
                 },
             },
-            opts=pulumi.ResourceOptions(
-                parent=self,
-                provider=cluster.provider,
-                deleted_with=cluster.identity,
-                depends_on=list(args.after),
-            ),
+            opts=pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[policy])),
         )
 
     def _keep_alive_from_host(self, routes: Sequence[settings.Route]) -> None:

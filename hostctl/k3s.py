@@ -44,6 +44,7 @@ from hostctl.k3s_node import (
     k3s_look,
     k3s_member,
     k3s_password,
+    k3s_properties,
     k3s_release,
     k3s_spec,
     k3s_token_digest,
@@ -65,7 +66,7 @@ from hostctl.record import cluster_lock, next_generation
 from hostctl.spec import CLUSTER_NAME, OBJECT_NAME, Value, checked, or_null
 from hostctl.tools import for_system, run_tool
 
-_LEAVES_SECONDS = 30
+_LEAVES_SECONDS = 120
 _CERTIFICATES = ("server/tls/serving-kube-apiserver.crt", "agent/serving-kubelet.crt")
 _PROGRAM_REMEDIES = {
     "iscsiadm": (
@@ -802,23 +803,31 @@ def k3s_remove(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def _leave(machine: Machine, node: K3sNode, step: str) -> None:
-    """Takes a server that is a member again out of its cluster while it runs: k3s removes it from
-    etcd with its Node. After `k3s forget` systemd may have started it anew, and then it joined
-    (k3s issue 4023); stopped like that it would count in etcd's majority for good."""
-    name = node.node or ""
-    try:
-        is_alone = not k3s_member(machine, name, step) or not other_servers(machine, node, step)
-    except Failure:
-        # Without etcd, which it has left, its API does not answer.
+    """Takes a server out of its cluster while it runs: k3s removes it from etcd with its Node, and
+    stopped without that it would count in etcd's majority for good. After `k3s forget` systemd has
+    started it anew, and it joins again (k3s issue 4023): it is in etcd before it is a Node."""
+    if node.datastore == "sqlite":
         return
-    if is_alone:
-        return
-    say(f"{name} is a member of its cluster: it leaves first")
-    # It is gone only when this etcd has lost its member, and with it the API that is asked here.
-    k3s_kubectl(machine, ["delete", "node", name, "--wait=false"], step)
+    name, deleted = node.node or "", False
     until = machine.now() + _LEAVES_SECONDS
-    while machine.served("127.0.0.1", 6443) and machine.now() < until:
+    while machine.now() < until:
+        try:
+            member = k3s_member(machine, name, step)
+            if not other_servers(machine, node, step):
+                return
+            if member is None and deleted:
+                return
+            if member and not deleted:
+                say(f"{name} is a member of its cluster: it leaves first")
+                # Gone it is when this etcd has lost its member, and with it the API asked here.
+                k3s_kubectl(machine, ["delete", "node", name, "--wait=false"], step)
+                deleted = True
+        except Failure:
+            state = k3s_properties(machine, node.unit).get("ActiveState")
+            if deleted or state in ("inactive", "failed"):
+                return
         machine.sleep(1)
+    say(f"{name} has not left, or does not answer, after {_LEAVES_SECONDS} s: removed as it is")
 
 
 def _end_pods(machine: Machine, step: str) -> None:

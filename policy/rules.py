@@ -139,6 +139,8 @@ ALLOWED = (
             ("longhorn-system", "its engine attaches disks on the node"),
             ("local-path-storage", "its helper pods make directories on the node"),
             ("rook-ceph", "its OSDs and node plug-in have the node's disks"),
+            ("tailscale", "its operator's proxies set up routes of the node"),
+            ("tigera-operator", "it must run before there is a pod network: in the host's"),
         )
     ),
 )
@@ -437,12 +439,15 @@ def grants_are_to_someone(args: ResourceValidationArgs) -> Violations:
 
 @guard("Namespaces say which Pod Security Standard holds in them.", EnforcementLevel.ADVISORY)
 def namespaces_have_pod_security(args: ResourceValidationArgs) -> Violations:
-    """Advisory: in namespaces that ArgoCD fills it is not ours to choose."""
+    """Enforced, or at least warned of. Advisory: in namespaces that ArgoCD fills it is not ours to
+    choose.
+    """
     if args.resource_type == _NAMESPACE:
-        label = "pod-security.kubernetes.io/enforce"
-        level = ((args.props.get("metadata") or {}).get("labels") or {}).get(label)
-        if level is None:
-            yield f"namespace {args.name} has no label {label}"
+        label = "pod-security.kubernetes.io"
+        labels = (args.props.get("metadata") or {}).get("labels") or {}
+        level = labels.get(f"{label}/enforce")
+        if level is None and f"{label}/warn" not in labels:
+            yield f"namespace {args.name} has neither label {label}/enforce nor {label}/warn"
         elif level == "privileged" and not _is_allowed(args, "privileged pods"):
             yield f"namespace {args.name} takes privileged pods. Allowed only with a reason"
 

@@ -6,6 +6,7 @@ from typing import Any
 import pulumi
 import pulumi_kubernetes as kubernetes
 
+from components import settings
 from components.cluster import Cluster
 from components.versions import CALICO
 
@@ -37,7 +38,14 @@ class Calico(pulumi.ComponentResource):
             parent=self, provider=cluster.provider, deleted_with=cluster.identity
         )
         namespace = kubernetes.core.v1.Namespace(
-            NAMESPACE, metadata={"name": NAMESPACE}, opts=options
+            NAMESPACE,
+            # The operator is in the nodes' network, which only `privileged` allows. It labels what
+            # it makes, calico-system and others, itself.
+            metadata={
+                "name": NAMESPACE,
+                "labels": settings.PodSecurity(enforce="privileged").labels,
+            },
+            opts=options,
         )
         kubernetes.helm.v3.Release(
             "calico",

@@ -9,12 +9,20 @@ import pulumi_kubernetes as kubernetes
 
 from components import settings
 from components.cluster import Cluster
+from components.network.policy import admit
 from components.settings.network import METALLB_NAMESPACE
 from components.versions import METALLB
 
 # Longer than a slow node pulls three images.
 _INSTALL_SECONDS = 600
 _WEBHOOK_SECONDS = 300
+# As the chart has them.
+_CONTROLLER_LABELS = {
+    "app.kubernetes.io/name": "metallb",
+    "app.kubernetes.io/component": "controller",
+}
+_WEBHOOK_PORT = 9443
+_METRICS_PORT = 9120
 _CONTROL_PLANE = [
     {"key": f"node-role.kubernetes.io/{role}", "operator": "Exists", "effect": "NoSchedule"}
     for role in ("control-plane", "master")
@@ -62,12 +70,18 @@ class MetalLB(pulumi.ComponentResource):
             metadata={
                 "name": METALLB_NAMESPACE,
                 # The speaker needs the host's network and NET_RAW, which only `privileged` allows.
-                "labels": {
-                    f"pod-security.kubernetes.io/{mode}": "privileged"
-                    for mode in ("enforce", "audit", "warn")
-                },
+                "labels": settings.PodSecurity(enforce="privileged").labels,
             },
             opts=options,
+        )
+        # Not the speaker, which is in the nodes' network. Its callers are the API servers.
+        policy = admit(
+            "controller",
+            METALLB_NAMESPACE,
+            _CONTROLLER_LABELS,
+            pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[namespace])),
+            anyone=[_WEBHOOK_PORT],
+            cluster=[_METRICS_PORT],
         )
         release = kubernetes.helm.v3.Release(
             "metallb",
@@ -78,9 +92,7 @@ class MetalLB(pulumi.ComponentResource):
             repository_opts={"repo": METALLB.repository},
             values=_VALUES,
             timeout=_INSTALL_SECONDS,
-            opts=pulumi.ResourceOptions.merge(
-                options, pulumi.ResourceOptions(depends_on=[namespace])
-            ),
+            opts=pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[policy])),
         )
         answers = cluster.host.command(
             "webhook",

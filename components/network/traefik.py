@@ -9,6 +9,7 @@ import pulumi_kubernetes as kubernetes
 
 from components import settings
 from components.cluster import Cluster
+from components.network.policy import admit
 from components.settings.network import TRAEFIK_NAMESPACE
 from components.versions import BUSYBOX, TRAEFIK
 
@@ -56,9 +57,17 @@ class Traefik(pulumi.ComponentResource):
                 "name": TRAEFIK_NAMESPACE,
                 # `restricted` would refuse the init container, which must be root to give files
                 # away.
-                "labels": {"pod-security.kubernetes.io/enforce": "baseline"},
+                "labels": settings.PodSecurity(enforce="baseline").labels,
             },
             opts=options,
+        )
+        policy = admit(
+            "traefik",
+            TRAEFIK_NAMESPACE,
+            None,
+            pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[namespace])),
+            anyone=["web", "websecure"],
+            cluster=["metrics"],
         )
         release = kubernetes.helm.v3.Release(
             "traefik",
@@ -69,9 +78,7 @@ class Traefik(pulumi.ComponentResource):
             repository_opts={"repo": TRAEFIK.repository},
             values=_values(args.settings),
             timeout=_INSTALL_SECONDS,
-            opts=pulumi.ResourceOptions.merge(
-                options, pulumi.ResourceOptions(depends_on=[namespace])
-            ),
+            opts=pulumi.ResourceOptions.merge(options, pulumi.ResourceOptions(depends_on=[policy])),
         )
         service = kubernetes.core.v1.Service(
             "traefik",

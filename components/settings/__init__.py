@@ -23,7 +23,7 @@ from components.settings.existing import ExistingCluster, KubeconfigSource, Node
 from components.settings.fleet import read_file, stack_files
 from components.settings.host import Host, K3d
 from components.settings.k3s import JoinTokenSource, K3sCluster, K3sNode, Snapshots, VirtualIp
-from components.settings.namespace import Namespace, NetworkPolicy
+from components.settings.namespace import Namespace, NetworkPolicy, PodSecurity
 from components.settings.network import (
     Acme,
     Attachment,
@@ -131,6 +131,7 @@ __all__ = [
     "Node",
     "Operator",
     "Origin",
+    "PodSecurity",
     "PolicyRule",
     "Pool",
     "PostgresBackup",

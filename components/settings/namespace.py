@@ -21,6 +21,16 @@ from components.settings.problem import Path, Problem
 PodSecurityLevel = Literal["privileged", "baseline", "restricted"]
 _STRICTNESS = ("privileged", "baseline", "restricted")
 
+PodSecurityVersion = Annotated[
+    str,
+    Text(
+        "latest, or a minor version of Kubernetes such as v1.31",
+        "write the minor of homelab:cluster's release, or leave it out",
+        "v1.31",
+        r"latest|v1\.[0-9]{1,3}",
+    ),
+]
+
 _FACTORS = {
     "m": Decimal("0.001"),
     "": Decimal(1),
@@ -136,26 +146,50 @@ def rollout_pods(replicas: int) -> int:
 
 
 class PodSecurity(Model):
-    """The Pod Security Standard of the namespace."""
+    """The Pod Security Standard of the namespace. With nothing set no pod is refused, and who
+    applies one that `restricted` would refuse is told so.
+    """
 
-    enforce: PodSecurityLevel = Field(description="Pods that violate it are refused.")
+    enforce: PodSecurityLevel | None = Field(
+        default=None, description="Pods that violate it are refused; none is where left out."
+    )
     audit: PodSecurityLevel | None = Field(
-        default=None, description="Pods that violate it are noted in the audit log."
+        default=None,
+        description="Pods that violate it are noted in the audit log; by default enforce's level, "
+        "without one restricted.",
     )
     warn: PodSecurityLevel | None = Field(
-        default=None, description="Who applies a pod that violates it is warned."
+        default=None,
+        description="Who applies a pod that violates it is warned; by default enforce's level, "
+        "without one restricted.",
+    )
+    version: PodSecurityVersion = Field(
+        default="latest",
+        description="Of which Kubernetes the standard is: `latest`, the cluster's own, or a minor "
+        "such as v1.31, so that an upgrade refuses nothing new.",
     )
 
     @property
     def labels(self) -> dict[str, str]:
-        """As the admission plug-in reads them from the namespace; what is left out is enforce's."""
+        """As the admission plug-in reads them from the namespace. Without enforce it has no label
+        of its own: what the cluster enforces by default stays.
+        """
         levels = {
-            mode: getattr(self, mode) or self.enforce for mode in ("enforce", "audit", "warn")
+            "enforce": self.enforce,
+            "audit": self.audit or self.enforce or "restricted",
+            "warn": self.warn or self.enforce or "restricted",
         }
-        return {f"pod-security.kubernetes.io/{mode}": level for mode, level in levels.items()}
+        found: dict[str, str] = {}
+        for mode, level in levels.items():
+            if level:
+                label = f"pod-security.kubernetes.io/{mode}"
+                found |= {label: level, f"{label}-version": self.version}
+        return found
 
     def problems(self, path: Path, pods: Sequence[OwnPod]) -> Iterator[Problem]:
         """What is wrong, among itself and with the stack's own pods."""
+        if self.enforce is None:
+            return
         for mode in ("audit", "warn"):
             level = getattr(self, mode)
             if level and _STRICTNESS.index(level) < _STRICTNESS.index(self.enforce):
@@ -420,7 +454,9 @@ class Namespace(Model):
         "knows its name.",
     )
     pod_security: PodSecurity | None = Field(
-        default=None, description="Pod Security Standard; none is set where left out."
+        default=None,
+        description="Pod Security Standard. Left out: `restricted` where only a tunnel's connector "
+        "runs, `privileged` where the stack's own pods need it, else audit and warn alone.",
     )
     quota: dict[QuotaResource, Quantity] = Field(
         default={}, description="ResourceQuota: what all of its pods and volumes have together."

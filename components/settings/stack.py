@@ -21,11 +21,17 @@ from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.k3s import OIDC_PREFIX, K3sCluster
 from components.settings.model import Model, Name, ObjectName, ObjectReference
-from components.settings.namespace import Namespace, OwnPod, rollout_pods
+from components.settings.namespace import (
+    Namespace,
+    OwnPod,
+    PodSecurity,
+    PodSecurityLevel,
+    rollout_pods,
+)
 from components.settings.network import Network
 from components.settings.problem import Path, Problem, key_path
 from components.settings.secrets import DeclaredSecret, Secret
-from components.settings.storage import Storage
+from components.settings.storage import LOCAL_PATH_NAMESPACE, Storage
 from components.settings.tailscale import NAMESPACE as TAILSCALE_NAMESPACE
 from components.settings.tailscale import Tailscale
 from components.settings.tunnel import (
@@ -39,7 +45,7 @@ from components.settings.tunnel import (
     Tunnel,
     token_secret_name,
 )
-from components.settings.upkeep import Backups, Cleaning, Watching
+from components.settings.upkeep import Backups, Cleaning, PostgresBackup, VolumeBackup, Watching
 from components.settings.validation import validated
 
 _BUILT_IN_NAMESPACES = frozenset({"default", "kube-node-lease", "kube-public", "kube-system"})
@@ -175,6 +181,54 @@ class Settings(Model):
         }
         return {name: owners[name] for name in sorted(owners) if name not in _BUILT_IN_NAMESPACES}
 
+    def own_namespaces(self) -> frozenset[str]:
+        """The namespaces of tunnels' connectors that nothing else in the settings names: nobody
+        else has pods there.
+        """
+        connectors = {
+            tunnel.connector.namespace
+            for tunnel in self.tunnels.values()
+            if isinstance(tunnel.connector, ClusterConnector)
+        }
+        others = {*self.namespaces, *self.storage.namespaces, *_BUILT_IN_NAMESPACES}
+        others |= {secret.namespace for secret in self.declared_secrets()}
+        others |= {route.namespace for one in self.tunnels.values() for route in one.routes} - {
+            None
+        }
+        others |= {
+            item.namespace
+            for item in self.backups.items.values()
+            if isinstance(item, PostgresBackup | VolumeBackup)
+        }
+        if self.argocd is not None:
+            others |= {self.argocd.namespace}
+            others |= {one.namespace for one in self.argocd.application_sets.values()}
+        if self.tailscale is not None:
+            others.add(TAILSCALE_NAMESPACE)
+        if self.access is not None:
+            others |= {*self.access.service_accounts}
+            others |= {one for each in self.access.bindings.values() for one in each.namespaces}
+        return frozenset(connectors - others)
+
+    def pod_security(self) -> dict[str, PodSecurity]:
+        """The Pod Security Standard of a namespace for which none is declared: `restricted` where
+        only the stack's own pods are, which satisfy it, `privileged` where those need it, and
+        elsewhere none that refuses a pod.
+        """
+        own = self.own_namespaces()
+        pods = self.own_pods()
+        found: dict[str, PodSecurity] = {}
+        for name in self.declared_namespaces():
+            enforce: PodSecurityLevel | None = None
+            if name in self.storage.namespaces or any(
+                pod.needs == "privileged" for pod in pods.get(name, [])
+            ):
+                enforce = "privileged"
+            elif name in own:
+                enforce = "restricted"
+            found[name] = PodSecurity(enforce=enforce)
+        return found
+
     @property
     def node_names(self) -> list[str]:
         """The nodes that the settings name; none where they are containers."""
@@ -193,15 +247,27 @@ class Settings(Model):
         )
 
     @property
+    def _limited_namespaces(self) -> set[str]:
+        """Where there are NetworkPolicies: declared ones, and those of the stack's own pods."""
+        found = {name for name, one in self.namespaces.items() if one.network_policy}
+        found |= self.network.namespaces.keys()
+        if self.storage.runs_local_path:
+            found.add(LOCAL_PATH_NAMESPACE)
+        if self.tailscale is not None and self.tailscale.operator is not None:
+            found.add(TAILSCALE_NAMESPACE)
+        connectors = [tunnel.connector for tunnel in self.tunnels.values()]
+        return found | {one.namespace for one in connectors if isinstance(one, ClusterConnector)}
+
+    @property
     def warnings(self) -> list[str]:
         """What is allowed and likely not meant, a sentence each."""
         found = [*self.cluster.warnings] if isinstance(self.cluster, K3sCluster) else []
-        limited = [name for name, one in self.namespaces.items() if one.network_policy]
+        limited = sorted(self._limited_namespaces)
         if limited and isinstance(self.cluster, ExistingCluster):
             found.append(
-                f"homelab:namespaces: {', '.join(limited)}: a NetworkPolicy holds only where the"
-                " cluster's network enforces it: Calico, Cilium and k3s's own do, Flannel alone"
-                " does not."
+                f"NetworkPolicies in namespace {', '.join(limited)} hold only where the cluster's"
+                " network enforces them, which nothing tells: Calico, Cilium and k3s's own do,"
+                " Flannel alone does not (docs/access.md)."
             )
         if self.cloudflare is None:
             return found

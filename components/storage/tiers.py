@@ -10,6 +10,7 @@ import pulumi_kubernetes as kubernetes
 
 from components import settings
 from components.cluster import Cluster
+from components.network.policy import admit
 from components.settings.storage import (
     CEPH_NAMESPACE,
     LOCAL_PATH_NAMESPACE,
@@ -291,6 +292,8 @@ class Storage(pulumi.ComponentResource):
         start.
         """
         name = "local-path-provisioner"
+        # It asks the API server, and nobody asks it or its helper pods.
+        policy = admit(name, LOCAL_PATH_NAMESPACE, None, self._options)
         metadata: Any = {"name": name, "namespace": LOCAL_PATH_NAMESPACE, "labels": LABELS}
         account = kubernetes.core.v1.ServiceAccount(name, metadata=metadata, opts=self._options)
         roles = [
@@ -384,7 +387,7 @@ class Storage(pulumi.ComponentResource):
                     },
                 },
             },
-            opts=self._after([account, *bound, config]),
+            opts=self._after([account, *bound, config, policy]),
         )
         return [deployment]
 

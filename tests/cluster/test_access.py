@@ -242,5 +242,12 @@ def test_every_object_is_accepted_and_limits_and_roles_really_bind(stack, tmp_pa
     stack.set_config(stack.settings)
     stack.up()
     assert planned(stack.up()) == set()
-    left = "resourcequota,limitrange,networkpolicy,role,rolebinding"
+    left = "resourcequota,limitrange,role,rolebinding"
     assert "No resources found" in kubectl(stack, "get", left, "--namespace=factory")
+    policies = kubectl(stack, "get", "networkpolicy", "--namespace=factory", "--output=name")
+    assert policies == "networkpolicy.networking.k8s.io/cloudflared-factory\n"
+
+    # Of a namespace where others deploy nothing is refused, and they are told.
+    told = kubectl(stack, *create, "--dry-run=server", input=pod("root", runAsNonRoot=False))
+    assert 'would violate PodSecurity "restricted:latest"' in told
+    assert "pod/root created (server dry run)" in told

@@ -102,7 +102,10 @@ def an_origin_on_the_host_kept_alive(p510):
         settings["tunnels"]["p510"]["routes"][1]["keepalive"] = True
 
 
-@edit("create Deployment factory/keepalive-factory")
+@edit(
+    "create NetworkPolicy factory/keepalive-factory",
+    "create Deployment factory/keepalive-factory",
+)
 def an_origin_in_the_cluster_kept_alive(p510):
     with p510.edited() as settings:
         settings["tunnels"]["factory"]["routes"][-1]["keepalive"] = True

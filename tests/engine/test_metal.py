@@ -158,6 +158,8 @@ def test_each_edit_is_previewed_exactly_and_applied(metal):
             "delete MetalLB metal",
             "delete Namespace metallb-system",
             "delete Namespace traefik",
+            "delete NetworkPolicy metallb-system/controller",
+            "delete NetworkPolicy traefik/traefik",
             "delete Release metallb",
             "delete Release traefik",
             "delete Service traefik",

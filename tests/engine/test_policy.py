@@ -3,6 +3,7 @@
 import pytest
 
 from rehearsal.run import CHECKOUT, Rehearsal, Run
+from tests.engine.conftest import planned
 
 pytestmark = pytest.mark.engine
 
@@ -18,18 +19,20 @@ def violations(run: Run) -> set[tuple[str, str, str]]:
     }
 
 
-NAMESPACES = {
-    ("advisory", "namespaces-have-pod-security", name)
-    for name in ("argocd", "factory", "fides", "fides-reporter", "tailscale")
-}
-
-
-def test_p510_is_let_pass_with_advice_before_and_after_its_first_up(tmp_path):
+def test_p510_is_let_pass_without_a_word_before_and_after_its_first_up(tmp_path):
     p510 = Rehearsal(tmp_path, "p510")
     preview = p510.preview(*PACK)
-    assert violations(preview) == NAMESPACES
+    assert violations(preview) == set()
     assert "can't be known during preview" not in preview.stdout
-    assert violations(p510.up(*PACK)) == NAMESPACES
+    assert violations(p510.up(*PACK)) == set()
+
+
+def test_a_namespace_that_takes_privileged_pods_is_advised_against(p510):
+    with p510.edited() as settings:
+        settings["namespaces"] = {"factory": {"podSecurity": {"enforce": "privileged"}}}
+    preview = p510.preview(*PACK)
+    assert violations(preview) == {("advisory", "namespaces-have-pod-security", "factory")}
+    assert planned(preview) == {"update Namespace factory"}
 
 
 def test_a_preview_fails_when_something_that_lasts_loses_its_protection(p510):
@@ -38,7 +41,7 @@ def test_a_preview_fails_when_something_that_lasts_loses_its_protection(p510):
     assert p510.preview().code == 0
     preview = p510.preview(*PACK, check=False)
     assert preview.code != 0
-    assert violations(preview) - NAMESPACES == {("mandatory", "what-lasts-is-protected", "p510")}
+    assert violations(preview) == {("mandatory", "what-lasts-is-protected", "p510")}
     assert "tunnel p510 is not protected: remove its `delete` from the settings" in preview.stdout
 
 

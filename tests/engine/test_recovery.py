@@ -27,7 +27,9 @@ PASSWORD = "a password of the incumbent"
 
 
 class Dev(Rehearsal):
-    """A small stack: a cluster, a Secret in it, a tunnel with a gated hostname, its container."""
+    """A small stack: a cluster, a namespace and a Secret in it, a tunnel with a gated hostname and
+    its container.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.said: list[str] = []
@@ -44,6 +46,7 @@ class Dev(Rehearsal):
         }
         settings = {
             "cluster": {"image": "rancher/k3s:v1.31.5-k3s1"},
+            "namespaces": {"apps": {}},
             "secrets": {"default": {"database": {"data": {"password": Secret("declared")}}}},
             "cloudflare": {
                 "accountId": ACCOUNT,
@@ -163,6 +166,22 @@ def test_a_lost_state_is_rebuilt_from_what_exists(dev: Dev):
     adopt(dev.engine, take=True)
     assert any("0 of them differ, 0 do not exist" in line for line in dev.said)
     assert ids(dev) == before
+    assert dev.world == objects
+
+
+def test_others_labels_of_a_namespace_are_told_and_not_fought(dev: Dev):
+    dev.lose_state()
+    [file] = (dev.directory / "world/kubernetes").rglob("Namespace/apps.json")
+    label = "pod-security.kubernetes.io"
+    with edited_file(file) as namespace:
+        labels = namespace["metadata"]["labels"]
+        labels |= {"team": "a", f"{label}/enforce": "baseline", f"{label}/warn": "baseline"}
+    objects = dev.world
+    with pytest.raises(RecoveryError, match=f"Namespace apps: .*{label}/warn") as refused:
+        adopt(dev.engine, take=True)
+    # What the stack does not set is no matter of its.
+    assert f"{label}/enforce" not in str(refused.value)
+    assert "team" not in str(refused.value)
     assert dev.world == objects
 
 

@@ -124,7 +124,10 @@ def test_a_stack_file_without_a_cluster_is_refused_by_the_name_of_the_setting(pr
 
 def test_a_stack_without_tunnels_neither_imports_nor_runs_cloudflares_package(tmp_path):
     """Both are replaced by something that cannot be used."""
-    (tmp_path / "pulumi_cloudflare.py").write_text("raise ImportError('imported all the same')")
+    package = tmp_path / "pulumi_cloudflare"
+    package.mkdir()
+    for module in ("__init__", "_inputs"):
+        (package / f"{module}.py").write_text("raise ImportError('imported all the same')")
     plugin = tmp_path / "pulumi-resource-cloudflare"
     plugin.write_text(f"#!/bin/sh\necho started >{tmp_path}/started\nexit 1\n")
     plugin.chmod(0o755)

@@ -110,6 +110,8 @@ def test_the_tailscale_operator_needs_its_chart_even_in_a_preview(p510: P510):
         settings["tailscale"]["operator"] = {**operator, "version": "1.90.6"}
     expected = {
         "create TailscaleOperator factory",
+        "update Namespace tailscale",
+        "create NetworkPolicy tailscale/operator",
         "create Secret tailscale/operator-oauth",
         "create Release tailscale-operator",
     }

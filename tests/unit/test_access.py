@@ -74,9 +74,14 @@ def access(run_program: Callable[..., Registered], **declared: Any) -> tuple[Reg
 
 
 class TestLimits:
-    def test_a_namespace_of_which_nothing_is_said_is_free(self, limited: Any) -> None:
+    def test_in_a_namespace_of_which_nothing_is_said_nothing_is_refused(self, limited: Any) -> None:
+        """Others deploy there what an enforced standard may refuse: they are told."""
         registered = limited()
-        assert registered["Namespace", "factory"].inputs["metadata"] == {"name": "factory"}
+        assert registered["Namespace", "factory"].inputs["metadata"]["labels"] == {
+            f"pod-security.kubernetes.io/{mode}{of}": value
+            for mode in ("audit", "warn")
+            for of, value in (("", "restricted"), ("-version", "latest"))
+        }
         for kind in ("ResourceQuota", "LimitRange", "NetworkPolicy"):
             assert registered.names(kind) == []
 
@@ -89,12 +94,17 @@ class TestLimits:
             assert ("Namespace", "factory") in limit.depends_on
 
     def test_the_pod_security_standard_is_said_in_all_three_ways(self, limited: Any) -> None:
-        registered = limited(podSecurity={"enforce": "baseline", "warn": "restricted"})
+        given = {"enforce": "baseline", "warn": "restricted", "version": "v1.31"}
+        registered = limited(podSecurity=given)
         labels = registered["Namespace", "factory"].inputs["metadata"]["labels"]
         assert labels == {
             "pod-security.kubernetes.io/enforce": "baseline",
             "pod-security.kubernetes.io/audit": "baseline",
             "pod-security.kubernetes.io/warn": "restricted",
+            **{
+                f"pod-security.kubernetes.io/{mode}-version": "v1.31"
+                for mode in ("enforce", "audit", "warn")
+            },
         }
 
     def test_a_network_policy_denies_all_but_dns_and_what_is_declared(self, limited: Any) -> None:

@@ -18,14 +18,21 @@ from policy import rules
 from tests.unit import test_docs, test_settings
 from tests.unit.program import STACKS, Program
 
-# What no stack file has: each connector with its keepalive, kube-vip, every kind of volume.
+# What no stack file has: each connector with its keepalive, kube-vip, Calico, Tailscale's operator,
+# every kind of volume.
 EXAMPLES = {
     "docs/storage.md": test_docs.example("docs/storage.md"),
     **{
         name: test_settings.config_of(
             (test_settings.FIXTURES / "valid" / f"{name}.yaml").read_text()
         )
-        for name in ("k3s-ha-with-a-virtual-ip", "limits-and-access", "tunnels-of-each-kind")
+        for name in (
+            "a-connector-alone-and-calico",
+            "k3s-ha-with-a-virtual-ip",
+            "limits-and-access",
+            "tailscale-key-and-operator",
+            "tunnels-of-each-kind",
+        )
     },
 }
 
@@ -106,6 +113,54 @@ def test_no_namespace_takes_privileged_pods_without_a_reason(declared):
         if "privileged" in violation
     }
     assert found == set()
+
+
+def test_nobody_reaches_a_pod_of_the_stack_but_by_a_policy(declared):
+    """Each is selected by a NetworkPolicy, but for those that no policy holds for: of the nodes'
+    network.
+    """
+    policies = [
+        one["metadata"]["namespace"] + json.dumps(one["spec"]["podSelector"], sort_keys=True)
+        for kind, _, one in declared
+        if kind.endswith(":NetworkPolicy") and "Ingress" in one["spec"]["policyTypes"]
+    ]
+    exposed = set()
+    for kind, name, one in declared:
+        pods = rules._pods(judged((kind, name, one)))
+        if pods is None or pods.get("hostNetwork") or name == "helper-pod":
+            continue
+        by_labels = {"matchLabels": one["spec"]["selector"]["matchLabels"]}
+        namespace = one["metadata"]["namespace"]
+        selectors = (json.dumps(selector, sort_keys=True) for selector in (by_labels, {}))
+        if not any(namespace + selector in policies for selector in selectors):
+            exposed.add(name)
+    assert exposed == set()
+
+
+def test_a_policy_for_a_whole_namespace_is_declared_or_in_one_of_the_stacks_alone(declared):
+    whole = {
+        one["metadata"]["namespace"]
+        for kind, _, one in declared
+        if kind.endswith(":NetworkPolicy") and not one["spec"]["podSelector"]
+    }
+    of_limits_and_access = {"apps", "factory"}
+    assert whole == {"edge", "local-path-storage", "traefik"} | of_limits_and_access
+
+
+def test_pod_security_refuses_in_no_namespace_where_others_deploy(declared):
+    """Nor any pod of the stack's own: where it enforces a level, that is declared, or what fits."""
+    enforced = {
+        (name, labels["pod-security.kubernetes.io/enforce"])
+        for kind, name, one in declared
+        if kind.endswith(":Namespace")
+        and "pod-security.kubernetes.io/enforce" in (labels := one["metadata"]["labels"])
+    }
+    privileged = {one.name for one in rules.ALLOWED if one.what == "privileged pods"}
+    assert {name for name, level in enforced if level == "privileged"} == privileged
+    rest = {(name, level) for name, level in enforced if level != "privileged"}
+    # One example declares it for factory, in another it is the connector's alone.
+    factory = {("factory", "baseline"), ("factory", "restricted")}
+    assert rest == {("edge", "restricted"), ("traefik", "baseline")} | factory
 
 
 def test_every_exception_is_needed(declared, monkeypatch):

@@ -62,9 +62,31 @@ def test_both_parts_of_metallb_run_on_control_planes_and_each_toleration_is_ther
 
 def test_the_speakers_namespace_lets_it_have_the_hosts_network(register: Any) -> None:
     labels = register()["Namespace", "metallb-system"].inputs["metadata"]["labels"]
-    assert labels == {
-        f"pod-security.kubernetes.io/{mode}": "privileged" for mode in ("enforce", "audit", "warn")
-    }
+    for mode in ("enforce", "audit", "warn"):
+        assert labels[f"pod-security.kubernetes.io/{mode}"] == "privileged"
+
+
+def test_from_outside_only_what_has_callers_there_is_reached(register: Any) -> None:
+    """MetalLB's controller by the API servers, whose address no setting tells, Traefik by all;
+    metrics by pods alone."""
+    registered = register()
+    controller = registered["NetworkPolicy", "metallb-system/controller"].inputs["spec"]
+    assert controller["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "controller"
+    traefik = registered["NetworkPolicy", "traefik/traefik"].inputs["spec"]
+    assert traefik["podSelector"] == {}
+    for spec, outside, metrics in (
+        (controller, [9443], [9120]),
+        (traefik, ["web", "websecure"], ["metrics"]),
+    ):
+        assert spec["policyTypes"] == ["Ingress"]
+        anyone, pods = spec["ingress"]
+        assert [port["port"] for port in anyone["ports"]] == outside
+        assert "from" not in anyone
+        assert [port["port"] for port in pods["ports"]] == metrics
+        assert pods["from"] == [{"namespaceSelector": {}}]
+    for policy, release in (("metallb-system/controller", "metallb"), ("traefik/traefik",) * 2):
+        name = release.rpartition("/")[2]
+        assert ("NetworkPolicy", policy) in registered["Release", name].depends_on
 
 
 def test_pools_come_after_the_webhook_and_the_webhook_after_the_release(register: Any) -> None:

@@ -383,6 +383,8 @@ def test_a_namespace_says_its_pod_security_and_that_is_only_advice() -> None:
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     assert violations(rule, kind, {"metadata": {"name": "a", "labels": labels}}) == []
     assert len(violations(rule, kind, {"metadata": {"name": "a"}})) == 1
+    labels = {"pod-security.kubernetes.io/warn": "restricted"}
+    assert violations(rule, kind, {"metadata": {"name": "a", "labels": labels}}) == []
     advisory = [p.name for p in rules.POLICIES if p.enforcement_level != EnforcementLevel.MANDATORY]
     assert advisory == ["namespaces-have-pod-security"]
 

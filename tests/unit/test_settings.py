@@ -130,6 +130,39 @@ class TestDerived:
         assert parse(config).declared_namespaces() == {"factory": "pulumi", "media": "argocd"}
 
     @pytest.mark.parametrize(
+        "named",
+        [
+            {"namespaces": {"edge": {}}},
+            {"secrets": {"edge": {"login": {"data": {"a": "made-up"}}}}},
+            {"argocd": {"repository": "https://example.org/a/b", "namespace": "edge"}},
+            {"access": {"serviceAccounts": {"edge": {"deployer": {}}}}},
+            {
+                "backups": {
+                    "items": {"app": {"kind": "volume", "namespace": "edge", "claim": "data"}}
+                }
+            },
+        ],
+        ids=lambda named: next(iter(named)),
+    )
+    def test_a_namespace_is_the_connectors_alone_while_nothing_else_names_it(
+        self, named: dict[str, Any]
+    ) -> None:
+        """Others may run there what `restricted`, or a policy for all pods, would break."""
+        text = (FIXTURES / "valid" / "a-connector-alone-and-calico.yaml").read_text()
+        alone = config_of(text)
+        assert parse(alone).own_namespaces() == {"edge"}
+        assert parse(alone).pod_security()["edge"].enforce == "restricted"
+        shared = parse(merged(alone, named))
+        assert shared.own_namespaces() == set()
+        assert shared.pod_security()["edge"].enforce is None
+
+    def test_policies_that_may_have_no_effect_are_warned_of(self) -> None:
+        """Whether a cluster that others made enforces them nothing tells."""
+        metal = parse(complete(ROOT / "Pulumi.metal.yaml"))
+        assert any("in namespace metallb-system, traefik hold only" in w for w in metal.warnings)
+        assert not any("NetworkPolicies" in warning for warning in parse(P510).warnings)
+
+    @pytest.mark.parametrize(
         ("host", "docker"),
         [
             ({}, "unix:///var/run/docker.sock"),

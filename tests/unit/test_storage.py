@@ -46,8 +46,8 @@ def registered(run_program: Callable[..., Registered]) -> Registered:
         provider = kubernetes.Provider("kubernetes", kubeconfig="{}")
         cluster = Cluster("tower", provider, None, "/kubeconfig", host, "tower-0123456789abcdef")
         owners = declared.declared_namespaces()
-        privileged = declared.storage.namespaces
-        namespaces = Namespaces("tower", NamespacesArgs(owners, cluster, privileged=privileged))
+        security = declared.pod_security()
+        namespaces = Namespaces("tower", NamespacesArgs(owners, cluster, security=security))
         Storage("tower", StorageArgs(declared.storage, cluster, after=[namespaces]))
 
     return run_program(program)
@@ -209,7 +209,8 @@ def test_drivers_run_in_namespaces_that_let_them_near_the_node(registered: Regis
     for name in ("longhorn-system", "csi-nfs", "rook-ceph", "local-path-storage"):
         labels = registered["Namespace", name].inputs["metadata"]["labels"]
         assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
-    assert "labels" not in registered["Namespace", "media"].inputs["metadata"]
+    labels = registered["Namespace", "media"].inputs["metadata"]["labels"]
+    assert "pod-security.kubernetes.io/enforce" not in labels
 
 
 def test_the_stacks_own_provisioner_has_neither_root_nor_privilege(registered: Registered) -> None:

@@ -463,6 +463,27 @@ def test_probes_and_metrics_are_on_the_declared_port(register: Register) -> None
     assert service["metadata"]["annotations"] == {"pulumi.com/skipAwait": "true"}
 
 
+def test_nobody_talks_to_the_connector_but_who_reads_its_metrics(register: Register) -> None:
+    """By its labels alone: other pods of the namespace are others'. What it talks to is free."""
+    kept_alive = [{**GRAFANA, "keepalive": True}]
+    registered = register(connector={**CLUSTER, "metricsPort": 2345}, routes=kept_alive)
+    for name in ("cloudflared-factory", "keepalive-factory"):
+        policy = registered["NetworkPolicy", f"factory/{name}"]
+        kubernetes_validate.validate(policy.inputs, "1.31", strict=True)
+        deployment = registered["Deployment", f"factory/{name}"]
+        assert ("NetworkPolicy", f"factory/{name}") in deployment.depends_on
+        assert policy.deleted_with == ("Command", "identity")
+        spec = policy.inputs["spec"]
+        selected = deployment.inputs["spec"]["selector"]["matchLabels"]
+        assert spec["podSelector"] == {"matchLabels": selected}
+        assert spec["policyTypes"] == ["Ingress"]
+    connector = registered["NetworkPolicy", "factory/cloudflared-factory"].inputs["spec"]
+    assert connector["ingress"] == [
+        {"from": [{"namespaceSelector": {}}], "ports": [{"port": 2345, "protocol": "TCP"}]}
+    ]
+    assert not registered["NetworkPolicy", "factory/keepalive-factory"].inputs["spec"]["ingress"]
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_replicas_spread_and_are_not_evicted_together(register: Register, replicas: int) -> None:
     registered = register(connector={**CLUSTER, "replicas": replicas})
