@@ -121,7 +121,7 @@ def test_who_made_an_object_without_a_mark(one: dict[str, Any], maker: str) -> N
 
 
 def test_what_rotates_a_secret_has_written_its_data_since_it_was_made() -> None:
-    data = {"fieldsV1": {"f:data": {"f:password": {}}}}
+    data: dict[str, Any] = {"fieldsV1": {"f:data": {"f:password": {}}}}
     made = entry("pulumi-kubernetes-5c7e2a90", operation="Apply", **data)
     rotated = entry("OpenAPI-Generator", LATER, **data)
     assert writers_of("Secret", metadata("a", made, rotated)) == ["OpenAPI-Generator"]
