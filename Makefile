@@ -17,7 +17,7 @@ cluster = $(if $(TESTS),$(if $(findstring tests/cluster,$(TESTS)),--cluster),--c
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recover adopt rehearse test fuzz kill check fleet status doctor diagram mutants bench format
+.PHONY: help setup recover adopt rehearse test fuzz kill check fleet status doctor owners diagram mutants bench format
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ status: ## what is there now against what is declared: make status STACK=p510, J
 
 doctor: ## what is wrong with the host of a stack, with remedies: make doctor STACK=p510
 	@$(setup) -- .venv/bin/python -m status --doctor $(if $(JSON),--json) $(STACK)
+
+owners: ## who owns each object of the cluster, two where they are refused: make owners STACK=p510, JSON=1
+	@$(setup) -- .venv/bin/python -m status --owners $(if $(JSON),--json) $(STACK)
 
 diagram: setup ## draw what a stack declares, docs/diagrams/<stack>.svg: make diagram STACK=p510
 	@.venv/bin/python -m diagram $(STACK)

@@ -19,7 +19,7 @@ from components.namespaces import Namespaces, NamespacesArgs
 from components.network.metallb import MetalLB, MetalLBArgs
 from components.network.multus import Multus, MultusArgs
 from components.network.traefik import Traefik, TraefikArgs
-from components.ownership import refuse_two_owners
+from components.ownership import Ownership
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.storage.live import check_classes, check_nodes
 from components.storage.tiers import Storage, StorageArgs
@@ -40,10 +40,11 @@ live, revision, values = connection.read(
         read_values(stack.declared_secrets(), stack.host),
     )
 )
+ownership = Ownership(frozenset(stack.handed_over))
 if live.answers:
-    connection.read(
+    ownership, _ = connection.read(
         together(
-            refuse_two_owners(stack.tunnels, name, live.kubeconfig),
+            Ownership.read(stack, live.kubeconfig),
             check_classes(stack.storage, name, live.kubeconfig, stack.storage_class),
         )
     )
@@ -54,6 +55,7 @@ if stack.tailscale:
 for warning in stack.warnings:
     pulumi.log.warn(warning)
 
+ownership.guard()
 host = Host(pulumi.get_stack(), connection, k3d=stack.host.k3d)
 engine = docker_engine(stack.host, connection) if stack.needs_docker else None
 declared = live.declare(host, engine)
@@ -98,6 +100,7 @@ if namespaces and cluster and stack.tailscale and stack.tailscale.operator:
     operator = TailscaleOperatorArgs(stack.tailscale.operator, cluster, after=[namespaces])
     TailscaleOperator(name, operator)
 
+ownership.settle()
 homelab.export(
     cluster=declared.output,
     acceptance=declared.acceptance,

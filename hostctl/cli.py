@@ -49,6 +49,7 @@ from hostctl.move import (
     move_verify,
     move_withdraw,
 )
+from hostctl.owners import cluster_owners
 from hostctl.passwords import postgres_password
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
@@ -60,7 +61,6 @@ from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
 from hostctl.watch import watch_inspect, watch_run
 from hostctl.workloads import (
-    cluster_owner,
     connector_status,
     connector_stop,
     rollout,
@@ -443,14 +443,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
         {"needs": ["iscsi", "crypt", "nfs"], "disks": ["/dev/disk/by-id/ata-EXAMPLE_1"]},
     ),
     ("storage", "inspect"): Verb(storage_inspect, {"cluster": "factory", "kubeconfig": None}),
-    ("cluster", "owner"): Verb(
-        cluster_owner,
-        {
-            "cluster": "factory",
-            "namespace": "factory",
-            "kind": "Deployment",
-            "name": "cloudflared",
-        },
+    ("cluster", "owners"): Verb(
+        cluster_owners,
+        {"cluster": "factory", "kinds": ["Secret", "Deployment.apps"], "kubeconfig": None},
     ),
     ("k3s", "inspect"): Verb(k3s_inspect, {**_NODE_EXAMPLE, "tokenDigest": "(16 hex digits)"}),
     ("k3s", "ensure"): Verb(k3s_ensure, {**_NODE_EXAMPLE, "token": "(the text)", "generation": 1}),

@@ -34,6 +34,7 @@ MODULES = (
     "install",
     "workloads",
     "passwords",
+    "owners",
     "existing",
     "storage",
     "argocd",

@@ -311,7 +311,9 @@ EXTERNAL_NAME = text_matching(
     r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+",
     "a host name with a dot, in lower case",
 )
-KIND = text_matching(r"[A-Za-z]+(\.[a-z0-9.-]+)?", "a kind such as Deployment or deployments.apps")
+KIND = text_matching(
+    r"[A-Za-z][A-Za-z0-9]*(\.[a-z0-9.-]+)?", "a kind such as Secret or Deployment.apps"
+)
 _NETWORK_NAME = text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,66}", "the name of a Docker network")
 _HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.

@@ -13,7 +13,7 @@ from hostctl.preflight import Finding, module_findings
 from hostctl.protocol import Failure, Result
 from hostctl.spec import CLUSTER_NAME, Items, Value, absolute_path, checked, one_of
 from hostctl.tools import for_system, run_tool
-from hostctl.workloads import NO_NODE, OWNER_SPEC, UNREACHABLE, ask_cluster
+from hostctl.workloads import ASKED_KUBECONFIG, ask_cluster, is_silent
 
 CHECK_SPEC: dict[str, Any] = {
     "needs": Items(Value(one_of("iscsi", "crypt", "nfs", "nfs-client", "ceph"))),
@@ -133,7 +133,7 @@ def _disk_findings(machine: Machine, disk: str) -> Iterator[Finding]:
 
 INSPECT_STORAGE_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
-    "kubeconfig": OWNER_SPEC["kubeconfig"],
+    "kubeconfig": ASKED_KUBECONFIG,
 }
 _DEFAULT_MARKS = (
     "storageclass.kubernetes.io/is-default-class",
@@ -143,7 +143,7 @@ _DEFAULT_MARKS = (
 
 def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     """The StorageClasses of a cluster, and its PersistentVolumes. ``state`` is known or unknown,
-    where the API does not answer. Asked as `cluster owner` asks: in the node of a k3d cluster, or
+    where the API does not answer. Asked as `cluster owners` asks: in the node of a k3d cluster, or
     with the text of a kubeconfig.
     """
     wanted = checked(spec, INSPECT_STORAGE_SPEC, "storage inspect")
@@ -151,7 +151,7 @@ def storage_inspect(machine: Machine, spec: dict[str, Any]) -> Result:
     arguments = ["get", "storageclasses.storage.k8s.io,persistentvolumes", "--output=json"]
     seen = ask_cluster(machine, wanted, arguments, step)
     if seen.code:
-        if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
+        if is_silent(seen):
             return {"state": "unknown", "detail": seen.complaint, "classes": {}, "volumes": {}}
         raise Failure("cannot-tell", step, seen.complaint, "run it by hand")
     classes, volumes = {}, {}

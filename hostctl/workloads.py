@@ -1,4 +1,4 @@
-"""Verbs: Secrets, rollouts, connectors and owners in the cluster."""
+"""Verbs: Secrets, rollouts and connectors in the cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from hostctl.protocol import Failure, Result, say
 from hostctl.spec import (
     CLUSTER_NAME,
     DNS_LABEL,
-    KIND,
     OBJECT_NAME,
     SECRET_TYPES,
     Value,
@@ -297,47 +296,7 @@ def _connector(
 KUBECONFIG = text_matching(
     r"(?s)/[^\n]+|.*\bserver:.{1,1000000}", "the text of a kubeconfig, or the path of one"
 )
-OWNER_SPEC: dict[str, Any] = {
-    "cluster": Value(CLUSTER_NAME),
-    "namespace": Value(or_null(DNS_LABEL), None),
-    "kind": Value(KIND),
-    "name": Value(OBJECT_NAME),
-    "kubeconfig": Value(or_null(KUBECONFIG), None, secret=True),
-}
-
-
-def cluster_owner(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Who owns an object: its field managers, and the ArgoCD Application that tracks it (one-owner
-    rule). ``exists`` is null when it cannot be told.
-
-    Asked in the node of a k3d cluster: the kubeconfig on the host may be missing, or that of a
-    cluster that is gone, and the run that asks is the one that writes it anew. Another cluster is
-    asked with the kubeconfig that is given, as text or by its path.
-    """
-    wanted = checked(spec, OWNER_SPEC, "cluster owner")
-    step = f"looking for {wanted['kind']} {wanted['name']}"
-    arguments = ["get", f"{wanted['kind']}/{wanted['name']}", "--ignore-not-found"]
-    arguments += ["--show-managed-fields", "--output=json"]
-    if wanted["namespace"]:
-        arguments.append(f"--namespace={wanted['namespace']}")
-    nobody: Result = {"managers": [], "argocd": None}
-    seen = ask_cluster(machine, wanted, arguments, step)
-    if seen.code:
-        if UNREACHABLE.search(seen.complaint) or NO_NODE.search(seen.complaint):
-            return {"exists": None, **nobody, "detail": seen.complaint}
-        if "the server doesn't have a resource type" in seen.complaint:
-            return {"exists": False, **nobody, "detail": f"no kind {wanted['kind']} in the cluster"}
-        raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
-    if not seen.out.strip():
-        return {"exists": False, **nobody, "detail": "there is no such object"}
-    metadata = parse_json(seen.out, step)["metadata"]
-    managers = sorted({entry["manager"] for entry in metadata.get("managedFields") or []})
-    tracking = (metadata.get("annotations") or {}).get("argocd.argoproj.io/tracking-id", "")
-    application = tracking.split(":")[0] or None
-    if application is None and any(manager.startswith("argocd") for manager in managers):
-        # The older way of tracking, by a label that others use too.
-        application = (metadata.get("labels") or {}).get("app.kubernetes.io/instance")
-    return {"exists": True, "managers": managers, "argocd": application, "detail": ""}
+ASKED_KUBECONFIG = Value(or_null(KUBECONFIG), None, secret=True)
 
 
 @contextlib.contextmanager
@@ -353,12 +312,18 @@ def kubeconfig_file(machine: Machine, given: str) -> Iterator[str]:
 def ask_cluster(
     machine: Machine, wanted: Mapping[str, Any], arguments: Sequence[str], step: str
 ) -> Ran:
-    """Runs kubectl as `cluster owner` does, and leaves a failure to the caller."""
+    """Runs kubectl where it needs no kubeconfig on the host: in the node of a k3d cluster, or with
+    one that is given, as text or by its path."""
     if wanted["kubeconfig"]:
         with kubeconfig_file(machine, wanted["kubeconfig"]) as path:
             return run_kubectl(machine, path, arguments, step, raw=True)
     server = f"k3d-{wanted['cluster']}-server-0"
     return attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+
+
+def is_silent(ran: Ran) -> bool:
+    """Whether the API did not answer, or its node was not there to be asked."""
+    return bool(UNREACHABLE.search(ran.complaint) or NO_NODE.search(ran.complaint))
 
 
 # What the cluster, or a tool in it, makes by itself.
@@ -371,8 +336,8 @@ _MADE_TYPES = (
 
 def secret_list(machine: Machine, spec: dict[str, Any]) -> Result:
     """Names all Secrets. ``kept`` are those that nobody makes again: not the cluster itself, a
-    controller, or an ArgoCD Application. Asked as `cluster owner` asks."""
-    shape = {key: OWNER_SPEC[key] for key in ("cluster", "kubeconfig")}
+    controller, or an ArgoCD Application. Asked as `cluster owners` asks."""
+    shape = {"cluster": Value(CLUSTER_NAME), "kubeconfig": ASKED_KUBECONFIG}
     wanted = checked(spec, shape, "secret list")
     step = f"listing the Secrets of cluster {wanted['cluster']}"
     arguments = ["get", "secrets", "--all-namespaces", "--output=json"]

@@ -404,7 +404,8 @@ def _group(api_version: str) -> str:
     return api_version.rpartition("/")[0]
 
 
-def _plural(kind: str) -> str:
+def plural(kind: str) -> str:
+    """The name of a kind in URLs, as Kubernetes names its own."""
     name = kind.lower()
     if name.endswith(("s", "x", "ch")):
         return name if name == "endpoints" else name + "es"
@@ -490,7 +491,7 @@ class ApiServer:
         """How a kind is served. Raises NoMatch for one that is not."""
         group = _group(api_version)
         if (api_version, kind) in kinds():
-            return Resource(group, kind, _plural(kind), kind not in CLUSTER_SCOPED)
+            return Resource(group, kind, plural(kind), kind not in CLUSTER_SCOPED)
         for _, crd in self.world.list(f"{self.cluster}/_cluster/{_CRD}"):
             spec = crd["spec"]
             served = {f"{group}/{v['name']}" for v in spec["versions"] if v.get("served")}

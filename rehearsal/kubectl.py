@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hostctl.machine import Ran
-from rehearsal.apiserver import ApiError, ApiServer
+from rehearsal.apiserver import ApiError, ApiServer, plural
 from rehearsal.core import World
 from rehearsal.providers.kubernetes import cluster_id
 
@@ -50,6 +50,17 @@ class Kubectl:
                     )
                 case ["get", what] if flags.keys() <= _GET and flags.get("--output") == "json":
                     return self._get(what, flags)
+                case ["api-resources"] if flags == {"--verbs": "list", "--no-headers": "true"}:
+                    return self._lines(iter(sorted({row for row, _ in self._all()})))
+                case ["get", what] if flags.keys() == _GET_METADATA and (
+                    flags["--output"] == _METADATA
+                ):
+                    named = set(what.split(","))
+                    return self._lines(
+                        f"{obj['apiVersion']} {obj['kind']} {json.dumps(obj['metadata'])}"
+                        for row, obj in self._all()
+                        if _named(row) in named
+                    )
                 case ["create"] if flags == _CREATE:
                     return self._create(json.loads(input))
                 case ["create"] if flags == _DRY_RUN:
@@ -90,6 +101,12 @@ class Kubectl:
                 plural = kind + "es"
             if word in (kind, plural) and group in ("", of):
                 yield obj
+
+    def _all(self) -> Iterator[tuple[str, Object]]:
+        """All objects, each with its kind's row of `kubectl api-resources`."""
+        for _, obj in self.api.world.list(self.cluster):
+            namespaced = str("namespace" in obj["metadata"]).lower()
+            yield f"{plural(obj['kind'])}  {obj['apiVersion']}  {namespaced}  {obj['kind']}", obj
 
     def _one(self, what: str, namespace: str | None) -> Object:
         resource, _, name = what.partition("/")
@@ -227,6 +244,8 @@ _GET = {
     "--show-managed-fields",
     "--selector",
 }
+_GET_METADATA = {"--all-namespaces", "--show-managed-fields", "--output"}
+_METADATA = 'jsonpath={range .items[*]}{.apiVersion}{" "}{.kind}{" "}{.metadata}{"\\n"}{end}'
 _DELETE = {"--namespace", "--selector", "--wait"}
 _CREATE = {"--field-manager": "homelab", "--filename": "-", "--output": "name"}
 _DRY_RUN = {"--dry-run": "server", "--filename": "-", "--output": "name"}
@@ -236,6 +255,12 @@ _APPLY = {
     "--field-manager": "homelab",
     "--output": "name",
 }
+
+
+def _named(row: str) -> str:
+    name, version, _, _ = row.split()
+    group = version.rpartition("/")[0]
+    return f"{name}.{group}" if group else name
 
 
 def _selected(obj: Object, selector: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pulumi import automation
 
 from components import settings
-from status.look import Row, doctor, state_of, status, through_engine
+from status.look import Row, doctor, owners, state_of, status, through_engine
 
 _MARKS = {"fine": " ", "bad": "!", "unknown": "?"}
 
@@ -27,7 +27,13 @@ def main() -> int:
     )
     parser.add_argument("stack", help="the stack's name; its file is Pulumi.<stack>.yaml")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
-    parser.add_argument("--doctor", action="store_true", help="what is wrong with the host instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--doctor", action="store_true", help="what is wrong with the host instead"
+    )
+    instead.add_argument(
+        "--owners", action="store_true", help="who owns each object of the cluster instead"
+    )
     parser.add_argument(
         "--project", type=Path, default=Path.cwd(), help="default: the current directory"
     )
@@ -41,11 +47,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     stack, rows = stack.in_force, list[Row]()
-    look = doctor if options.doctor else status
     try:
-        if not options.doctor:
+        if options.owners:
+            rows += through_engine(lambda: owners(stack, options.stack, options.project))
+        elif options.doctor:
+            rows += through_engine(lambda: doctor(stack))
+        else:
             rows += state_of(options.stack, options.project)
-        rows += through_engine(lambda: look(stack))
+            rows += through_engine(lambda: status(stack))
     except FileNotFoundError:
         print("pulumi is not on PATH: `make setup` says where it is", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from components import settings
 from components.cluster.k3s import node_spec
 from components.cluster.kinds import connections_of
 from components.host import Connection, HostError, Question, Unreachable
-from components.ownership import deployment_name
+from components.ownership import declared_key, deployment_name, other_owners, reference
 from components.storage.live import needs_of
 from components.units import units_spec
 
@@ -36,8 +36,8 @@ _K3S_DATA = "/var/lib/rancher/k3s"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at: ``part`` is host, cluster, secrets, tunnels, backups, watching
-    or state. ``unknown`` is what could not be seen.
+    """One thing that was looked at: ``part`` is host, cluster, secrets, tunnels, backups, watching,
+    owners or state. ``unknown`` is what could not be seen.
     """
 
     part: str
@@ -48,17 +48,33 @@ class Row:
     remedy: str = ""
 
 
-def state_of(name: str, project: Path) -> list[Row]:
-    """What Pulumi recorded of its last run. Needs its backend, and no passphrase."""
+class _NoState(Exception):
+    """Why the state could not be read."""
+
+
+def _exported(name: str, project: Path) -> dict[str, Any]:
+    """The state's deployment. Needs Pulumi's backend, and no passphrase."""
     argv = ["pulumi", "stack", "export", "--stack", name, "--cwd", str(project)]
     ran = subprocess.run(
         [*argv, "--non-interactive"], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if ran.returncode:
         why = (ran.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
-        remedy = "pulumi login, and PULUMI_BACKEND_URL, name where the state is (docs/state.md)"
-        return [Row("state", "stack", name, why, "unknown", remedy)]
-    state = json.loads(ran.stdout)["deployment"]
+        raise _NoState(why)
+    return json.loads(ran.stdout)["deployment"]
+
+
+def _no_state(name: str, why: _NoState) -> Row:
+    remedy = "pulumi login, and PULUMI_BACKEND_URL, name where the state is (docs/state.md)"
+    return Row("state", "stack", name, str(why), "unknown", remedy)
+
+
+def state_of(name: str, project: Path) -> list[Row]:
+    """What Pulumi recorded of its last run."""
+    try:
+        state = _exported(name, project)
+    except _NoState as why:
+        return [_no_state(name, why)]
     resources = state.get("resources") or []
     if len(resources) < 2:
         return [Row("state", "resources", "some", "none", "bad", "pulumi up")]
@@ -102,6 +118,58 @@ def status(stack: settings.Settings) -> Rows:
     if isinstance(cluster, settings.K3sCluster):
         yield from _k3s(cluster, stack.host, connection)
     yield from _common(stack, connection)
+
+
+def owners(stack: settings.Settings, name: str, project: Path) -> Rows:
+    """Who owns each object of the cluster: what the objects say, and what the state holds."""
+    try:
+        resources = _exported(name, project).get("resources") or []
+    except _NoState as why:
+        resources = []
+        yield _no_state(name, why)
+    declared: dict[tuple[str, str, str], Answer] = {}
+    for one in resources:
+        inputs = one.get("inputs") or {}
+        key = declared_key(one["type"], inputs)
+        if key and not one.get("external") and not one.get("delete"):
+            declared[key] = inputs
+    cluster, connection = stack.cluster.name, Connection(stack.host)
+    k3d = isinstance(stack.cluster, settings.K3dCluster)
+    kubeconfig = None if k3d else f"/var/lib/homelab/kubeconfigs/{cluster}"
+    spec = {"cluster": cluster, "kinds": [], "kubeconfig": kubeconfig}
+    try:
+        [answer] = connection.results([(["cluster", "owners"], spec)])
+    except Unreachable as unreachable:
+        yield _silent(connection.name, unreachable)
+        return
+    if not answer["ok"]:
+        yield _refused("owners", cluster, answer)
+        return
+    if answer["state"] != "known":
+        remedy = "pulumi up, or hostctl k3d start" if k3d else ""
+        yield Row("owners", cluster, "answers", answer["detail"], "unknown", remedy)
+        return
+    for detail in answer["unseen"]:
+        yield Row("owners", "not seen", "", detail, "unknown")
+    live = {(one["kind"], one["namespace"] or "", one["name"]): one for one in answer["objects"]}
+    rows = []
+    for key, one in live.items():
+        title = reference(key)
+        inputs = declared.get(key)
+        handed = title in stack.handed_over
+        names = [owner for owner in one["owners"] if not (handed and owner == "Pulumi")]
+        now = ", ".join(names or [one["maker"]])
+        now += "".join(f", data written by {writer}" for writer in one["writers"])
+        ours = "" if inputs is None else "handed over" if handed else "this stack"
+        others = []
+        if ours == "this stack" and inputs is not None:
+            writes = any(inputs.get(word) is not None for word in ("data", "stringData"))
+            others = other_owners(key, live, writes=writes)
+        remedy = "; or ".join(
+            [f'add "{title}" to homelab:handedOver', *(other.release for other in others)]
+        )
+        rows.append(Row("owners", title, ours, now, "bad" if others else "fine", remedy))
+    yield from sorted(rows, key=lambda row: (row.now, row.what))
 
 
 def doctor(stack: settings.Settings) -> Rows:

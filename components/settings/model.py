@@ -190,6 +190,16 @@ ObjectName = Annotated[
         lambda name: len(name) <= 253,
     ),
 ]
+ObjectReference = Annotated[
+    str,
+    Text(
+        "an object as kubectl names it: its kind, then namespace/name, or its name alone where it "
+        "is in no namespace",
+        'write it as in "Deployment factory/cloudflared-factory"',
+        "Secret default/example",
+        rf"[A-Z][A-Za-z0-9]{{0,62}} (?:{_LABEL}/)?[a-z0-9][a-z0-9.:-]{{0,252}}",
+    ),
+]
 Hostname = Annotated[
     str,
     Text(

@@ -20,7 +20,7 @@ from components.settings.cluster import K3dCluster, StorageClass
 from components.settings.existing import ExistingCluster
 from components.settings.host import Host
 from components.settings.k3s import OIDC_PREFIX, K3sCluster
-from components.settings.model import Model, Name, ObjectName
+from components.settings.model import Model, Name, ObjectName, ObjectReference
 from components.settings.namespace import (
     Namespace,
     OwnPod,
@@ -117,6 +117,11 @@ class Settings(Model):
     tailscale: Annotated[Tailscale | None, BeforeValidator(_empty_is_none)] = Field(
         default=None, description="How the cluster joins the tailnet; not at all where left out."
     )
+    handed_over: list[ObjectReference] = Field(
+        default=[],
+        description="Objects of this stack that another owner has from now on, such as ArgoCD: "
+        "they are neither written nor deleted any more. Take a line out to take one back.",
+    )
     cleaning: Cleaning = Field(
         default=Cleaning(), description="Removal of what nothing references, on the host."
     )
@@ -151,7 +156,8 @@ class Settings(Model):
         left_out = ("network", "storage", "namespaces", "secrets", "argocd", "tailscale")
         fields = type(self).model_fields
         of_cluster = {
-            key: fields[key].default for key in (*left_out, "cleaning", "backups", "watching")
+            key: fields[key].default
+            for key in (*left_out, "handed_over", "cleaning", "backups", "watching")
         }
         return self.model_copy(update={**of_cluster, "tunnels": hosts})
 

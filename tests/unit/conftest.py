@@ -109,6 +109,9 @@ class _Monitor(mocks.MockMonitor):
     """Pulumi's mock monitor, which keeps each request."""
 
     def __init__(self, answers: _Mocks) -> None:
+        # The stack is the process's, and would keep those of the programs that ran before.
+        if root := pulumi.runtime.settings.get_root_resource():
+            root._transformations = []
         super().__init__(answers)
         self._requests: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}

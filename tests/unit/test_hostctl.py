@@ -1307,26 +1307,6 @@ def test_connector_status_counts_ready_pods(live: Host) -> None:
     assert live("connector status", spec)["ready"] == 2
 
 
-def test_owner_of_an_object_and_its_three_answers(live: Host) -> None:
-    spec = {
-        "cluster": "factory",
-        "namespace": "default",
-        "kind": "Deployment",
-        "name": "cloudflared",
-    }
-    assert live("cluster owner", spec)["exists"] is False
-    deployment = _deployment("cloudflared")
-    tracking = {"argocd.argoproj.io/tracking-id": "infra:apps/Deployment:default/cloudflared"}
-    deployment["metadata"]["annotations"] = tracking
-    live.api.create(deployment, "argocd-controller")
-    owner = live("cluster owner", spec)
-    assert owner["exists"] is True
-    assert owner["managers"] == ["argocd-controller"]
-    assert owner["argocd"] == "infra"
-    live("k3d stop", {"name": "factory"})
-    assert live("cluster owner", spec)["exists"] is None
-
-
 # Files
 
 

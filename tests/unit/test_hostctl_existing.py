@@ -178,11 +178,12 @@ def test_a_private_file_of_a_real_machine_is_for_this_user_alone_and_goes() -> N
     assert not os.path.exists(path)
 
 
-def test_an_owner_is_asked_for_with_the_kubeconfig_that_is_given(metal: Metal) -> None:
+def test_owners_are_asked_for_with_the_kubeconfig_that_is_given(metal: Metal) -> None:
     metal.install_metallb()
-    spec = {"cluster": "metal", "namespace": None, "kind": "Namespace", "name": "metallb-system"}
-    owner = metal("cluster owner", spec | {"kubeconfig": metal.kubeconfig})
-    assert (owner["exists"], owner["managers"]) == (True, ["test"])
+    spec = {"cluster": "metal", "kinds": ["Namespace"], "kubeconfig": metal.kubeconfig}
+    objects = metal("cluster owners", spec)["objects"]
+    [one] = [one for one in objects if one["name"] == "metallb-system"]
+    assert (one["owners"], one["maker"]) == ([], "test")
     assert not any(call[0] == "docker" for call in metal.calls)
 
 

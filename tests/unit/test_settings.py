@@ -754,8 +754,9 @@ class TestStackFiles:
 
     def test_pulumi_yaml_declares_each_key_and_its_defaults_are_valid(self) -> None:
         declared = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"]
-        assert set(declared) == set(Settings.model_fields)
-        assert all(key["type"] == "object" and key["description"] for key in declared.values())
+        assert set(declared) == {one.alias for one in Settings.model_fields.values()}
+        assert all(key["type"] in ("object", "array") for key in declared.values())
+        assert all(key["description"] for key in declared.values())
         defaults = {name: key["default"] for name, key in declared.items() if "default" in key}
         required = {"cluster": {"image": "rancher/k3s:v1.31.5-k3s1"}}
         assert parse({**defaults, **required}) == parse(required)

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kubernetes_validate
@@ -25,8 +25,7 @@ import pytest
 
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, Host, Question
-from components.ownership import deployment_name, refuse_two_owners
+from components.host import Connection, Host
 from components.tunnel import (
     CloudflareTunnel,
     CloudflareTunnelArgs,
@@ -798,45 +797,3 @@ def test_an_external_connector_is_nobody_of_ours(register: Register) -> None:
         *["Host", "Command", "Namespace", "cloudflare", "kubernetes", "docker"],
     }
     assert registered.names("Command") == ["hostctl", "identity"]
-
-
-OWNED = {"exists": True, "managers": ["argocd-controller"], "argocd": "cloudflared"}
-FREE = {"exists": False, "managers": [], "argocd": None}
-
-
-def refuse(monkeypatch, connector: dict, owners: dict[str, dict]) -> None:
-    """Asks about a tunnel's connector, whose Deployments are all free but for ``owners``."""
-
-    def answers(_: Connection, questions: Sequence[Question]) -> list[dict]:
-        return [owners.get(spec["name"], FREE) for _, spec in questions]
-
-    monkeypatch.setattr(Connection, "answers", answers)
-    tunnel = settings.Tunnel.model_validate({"secret": SECRET, "connector": connector})
-    connection = Connection(settings.Host.model_validate({}))
-    connection.read(refuse_two_owners({"factory": tunnel}, "factory"))
-
-
-@pytest.mark.parametrize("owned", ["cloudflared", deployment_name("factory")])
-def test_a_connector_that_argocd_owns_is_refused_with_both_ways_out(monkeypatch, owned) -> None:
-    owners = {"cloudflared": FREE, deployment_name("factory"): FREE, owned: OWNED}
-    with pytest.raises(pulumi.RunError, match=rf"factory/{owned} belongs to ArgoCD") as refusal:
-        refuse(monkeypatch, CLUSTER, owners)
-    assert "homelab:tunnels.factory.connector" in str(refusal.value)
-    assert "Prune=false" in str(refusal.value)
-    assert "kind: external" in str(refusal.value)
-
-
-def test_an_owner_that_cannot_be_told_is_refused(monkeypatch) -> None:
-    """The third answer: nothing is created on it (design rule 2)."""
-    unknown = {"exists": None, "managers": [], "argocd": None, "detail": "no kubeconfig there"}
-    with pytest.raises(pulumi.RunError, match=r"cannot tell .* no kubeconfig there"):
-        refuse(monkeypatch, CLUSTER, {"cloudflared": unknown})
-
-
-@pytest.mark.parametrize("connector", [HOST, {"kind": "external"}])
-def test_a_connector_outside_the_cluster_has_no_other_owner(monkeypatch, connector) -> None:
-    refuse(monkeypatch, connector, {})
-
-
-def test_a_deployment_without_argocd_is_no_second_owner(monkeypatch) -> None:
-    refuse(monkeypatch, CLUSTER, dict.fromkeys(("cloudflared", deployment_name("factory")), FREE))
