@@ -2,7 +2,7 @@
 
 The package's own __init__ imports all of its resources, hundreds, which takes longer than the rest
 of a preview together; a resource's module does without it. Whoever imports the package afterwards
-gets it whole.
+gets all of its resources.
 """
 
 import sys

@@ -102,12 +102,13 @@ class _Derivation:
 def derive(package: str) -> Properties:
     """The schema of a package's resource types and functions in use."""
     module = importlib.import_module(f"pulumi_{package}")
+    provider = importlib.import_module(f"pulumi_{package}.provider")
     resources, functions = IN_USE[package]
     derivation = _Derivation()
     schema: Properties = {
         "name": package,
         "version": importlib.metadata.version(f"pulumi_{package}"),
-        "provider": {"inputProperties": derivation.arguments(module.provider.ProviderArgs)[0]},
+        "provider": {"inputProperties": derivation.arguments(provider.ProviderArgs)[0]},
         "resources": {},
         "functions": {},
     }
