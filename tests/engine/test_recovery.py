@@ -241,11 +241,11 @@ def test_the_incumbents_whole_world_is_taken_over_and_nothing_of_it_is_made_anew
     assert planned(p510.preview("--refresh")) == set()
     after = world()
     assert before.keys() <= after.keys()
-    labelled = set()
+    labelled = {"Secret": 0, "Namespace": 0}
     for file, text in before.items():
         if text == after[file]:
             continue
-        # Nothing but our label and, as ArgoCD's bootstrap is applied server-side now, the books of
+        # Nothing but our labels and, as ArgoCD's bootstrap is applied server-side now, the books of
         # the client-side apply.
         old, new = json.loads(text), json.loads(after[file])
         for one in (old, new):
@@ -253,11 +253,19 @@ def test_the_incumbents_whole_world_is_taken_over_and_nothing_of_it_is_made_anew
                 del one["metadata"][of_the_write]
             if "/Secret/" not in file:
                 one["metadata"].pop("annotations", None)
-        if new["metadata"].pop("labels", {}) != old["metadata"].pop("labels", {}):
-            labelled.add(file)
+        labels, had = (one["metadata"].pop("labels", {}) for one in (new, old))
         assert new == old, file
-    assert len(labelled) == exist - 5 - 8 - 1
-    assert all("/Secret/" in file for file in labelled)
+        if labels != had:
+            labelled[new["kind"]] += 1
+            assert labels.items() > had.items()
+            added = labels.keys() - had.keys()
+            # A warning refuses no pod.
+            assert new["kind"] == "Secret" or added == {
+                f"pod-security.kubernetes.io/{mode}{of}"
+                for mode in ("audit", "warn")
+                for of in ("", "-version")
+            }
+    assert labelled == {"Secret": exist - 5 - 8 - 1, "Namespace": 5}
     rotated = p510.live("factory", "Secret", "factory-cli-creds")
     assert set(rotated["data"].values()) == {ROTATED}
     tunnels = (p510.world / "cloudflare" / "tunnel").rglob("*.json")
