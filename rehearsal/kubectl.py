@@ -105,6 +105,9 @@ class Kubectl:
     def _all(self) -> Iterator[tuple[str, Object]]:
         """All objects, each with its kind's row of `kubectl api-resources`."""
         for _, obj in self.api.world.list(self.cluster):
+            # Helm's releases are the world's own records.
+            if "kind" not in obj:
+                continue
             namespaced = str("namespace" in obj["metadata"]).lower()
             yield f"{plural(obj['kind'])}  {obj['apiVersion']}  {namespaced}  {obj['kind']}", obj
 
