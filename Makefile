@@ -37,7 +37,7 @@ rehearse: ## preview, up, up again and outputs of a stack against stand-ins: mak
 test: ## all tests; some of them: make test TESTS=tests/unit
 	@$(setup) $(cluster) -- .venv/bin/pytest -n 2 --dist worksteal $(TESTS)
 
-kill: ## kill a rehearsed up, edit and destroy at every step and recover, which takes hours: make kill STACK=every-kind
+kill: ## kill a rehearsed up, edit and destroy at every step and recover, a run for each: make kill STACK=every-kind
 	@$(setup) -- .venv/bin/python -m tests.engine.test_killed $(STACK)
 
 fuzz: setup ## hostile settings, specs and tools' output, FUZZ times what `make test` tries of them
