@@ -50,8 +50,10 @@ def test_incident_05_pods_are_asked_and_not_the_node(host, spec, network, wanted
 def test_what_is_in_the_way_of_a_create_is_said_at_once_and_nothing_is_made(host, spec, network):
     port = {"host_port": 5353, "container_port": 53, "bind": "127.0.0.1", "protocol": "udp"}
     taken = {**spec, "ports": [port]}
+    # The API's port may be that of a connection which has just ended (TIME_WAIT).
     listen = "import socket,time;" + "".join(
-        f"s{kind}=socket.socket(type={kind});s{kind}.bind(('127.0.0.1',{number}));"
+        f"s{kind}=socket.socket(type={kind});s{kind}.setsockopt(1,socket.SO_REUSEADDR,{kind % 2});"
+        f"s{kind}.bind(('127.0.0.1',{number}));"
         for kind, number in ((1, spec["api"]["port"]), (2, 5353))
     )
     listen += "s1.listen();print(flush=True);time.sleep(600)"
