@@ -65,6 +65,11 @@ func (n *node) run(ctx context.Context, running *processes) error {
 		return err
 	}
 	say("info", "Successfully registered node %s", n.name)
+	// A kwok waits until the lease of the one before it has run out; kubelet renews its own at once.
+	leases := client.CoordinationV1().Leases(corev1.NamespaceNodeLease)
+	if err := leases.Delete(ctx, n.name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return err
+	}
 	file := "/var/lib/kwok/stages.yaml"
 	text := strings.ReplaceAll(stages, "K3S_VERSION", version())
 	if err := write(file, text, 0o644); err != nil {
