@@ -317,7 +317,12 @@ def test_snapshots_and_tokens_are_copied_by_restic_and_proved_by_restoring(tower
             {"name": name, "kind": "directory", "path": path} for name, path in places.items()
         ],
         "targets": [
-            {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_daily": 14}
+            {
+                "name": "nas",
+                "kind": "directory",
+                "repository": "/var/lib/nas",
+                "keep_daily": 14,
+            }
         ],
     }
     first.do("backup run", spec)
@@ -325,10 +330,10 @@ def test_snapshots_and_tokens_are_copied_by_restic_and_proved_by_restoring(tower
     assert set(verified) == set(places)
     assert all(one["bytes"] for one in verified.values())
     for name, path in places.items():
-        into = f"/mnt/new/{name}"
+        into = f"/var/lib/new/{name}"
         first.do("backup restore", {**spec, "item": name, "target": "nas", "into": into})
         first.machine.run(["diff", "--recursive", into, path])
-    assert first.machine.run(["ls", "/mnt/new/snapshots"]).stdout.startswith("on-demand-")
+    assert first.machine.run(["ls", "/var/lib/new/snapshots"]).stdout.startswith("on-demand-")
 
 
 def test_a_member_that_was_lost_comes_back(tower: Tower) -> None:

@@ -170,7 +170,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealTower]:
         lan.close()
 
 
-def test_a_server_and_an_agent_come_up_and_nothing_is_left_to_do(tower: RealTower) -> None:
+def a_server_and_an_agent_come_up_and_nothing_is_left_to_do(tower: RealTower) -> None:
     tower.up()
     assert tower.nodes() == {"server-1": VERSION, "agent-1": VERSION}
     objects = tower.kubectl("get", "resourcequota,secret", "--namespace=apps", "--output=name")
@@ -179,7 +179,7 @@ def test_a_server_and_an_agent_come_up_and_nothing_is_left_to_do(tower: RealTowe
     tower.assert_settled()
 
 
-def test_sqlite_becomes_etcd_when_that_is_confirmed_and_goes_back(tower: RealTower) -> None:
+def sqlite_becomes_etcd_when_that_is_confirmed_and_goes_back(tower: RealTower) -> None:
     first = tower.machines["server-1"]
     with tower.edited() as cluster:
         cluster["datastore"] = "etcd"
@@ -216,7 +216,7 @@ def test_sqlite_becomes_etcd_when_that_is_confirmed_and_goes_back(tower: RealTow
     tower.assert_settled()
 
 
-def test_one_server_becomes_three(tower: RealTower) -> None:
+def one_server_becomes_three(tower: RealTower) -> None:
     for name in SERVERS[1:]:
         tower.machine(name)
     with tower.edited() as cluster:
@@ -228,7 +228,7 @@ def test_one_server_becomes_three(tower: RealTower) -> None:
     tower.assert_settled()
 
 
-def test_a_new_token_is_rotated_into_every_node_and_replaces_none(tower: RealTower) -> None:
+def a_new_token_is_rotated_into_every_node_and_replaces_none(tower: RealTower) -> None:
     first = tower.machines["server-1"]
     asked = json.dumps({"cluster": "tower", "name": "sealed"})
     first.run([f"{KEPT}/hostctl", "k3s", "snapshot", "take"], input=asked)
@@ -253,7 +253,7 @@ def test_a_new_token_is_rotated_into_every_node_and_replaces_none(tower: RealTow
     tower.assert_settled()
 
 
-def test_an_upgrade_goes_through_the_servers_first_one_drained_node_at_a_time(
+def an_upgrade_goes_through_the_servers_first_one_drained_node_at_a_time(
     tower: RealTower,
 ) -> None:
     with tower.edited() as cluster:
@@ -277,7 +277,7 @@ def test_an_upgrade_goes_through_the_servers_first_one_drained_node_at_a_time(
     tower.assert_settled()
 
 
-def test_nodes_come_and_go_by_the_settings(tower: RealTower) -> None:
+def nodes_come_and_go_by_the_settings(tower: RealTower) -> None:
     gone = tower.machines["agent-1"]
     with tower.edited() as cluster:
         del cluster["nodes"]["agent-1"]
@@ -298,7 +298,7 @@ def test_nodes_come_and_go_by_the_settings(tower: RealTower) -> None:
     tower.assert_settled()
 
 
-def test_destroy_leaves_no_k3s(tower: RealTower) -> None:
+def destroy_leaves_no_k3s(tower: RealTower) -> None:
     with tower.edited() as cluster:
         cluster["delete"] = "tower"
     tower.up()
@@ -315,3 +315,16 @@ def assert_without_k3s(machine: Machine) -> None:
     assert machine.run(["find", *places, "!", "-type", "d", *named]).stdout == ""
     running = machine.run(["ps", "-A", "-o", "comm="]).stdout.split()
     assert not {"k3s", "k3s-server", "k3s-agent", "kube-apiserver", "etcd", "kwok"} & {*running}
+
+
+def test_the_stack_of_a_cluster_follows_its_settings_from_one_server_to_none(
+    tower: RealTower,
+) -> None:
+    """One cluster, which each step leaves to the next."""
+    a_server_and_an_agent_come_up_and_nothing_is_left_to_do(tower)
+    sqlite_becomes_etcd_when_that_is_confirmed_and_goes_back(tower)
+    one_server_becomes_three(tower)
+    a_new_token_is_rotated_into_every_node_and_replaces_none(tower)
+    an_upgrade_goes_through_the_servers_first_one_drained_node_at_a_time(tower)
+    nodes_come_and_go_by_the_settings(tower)
+    destroy_leaves_no_k3s(tower)
