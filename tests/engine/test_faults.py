@@ -67,7 +67,7 @@ def test_a_step_of_each_kind_fails_or_hangs_and_the_last_up_ends_undisturbed(tmp
     """The host's commands hang past their time limit, of which each has one; the others fail."""
     steps = [r["urn"] for r in kinds(undisturbed).values() if r.get("id")]
     hanging = {urn for urn in steps if "command:local" in urn}
-    assert len(steps) == 25
+    assert len(steps) == 26
     assert len(hanging) == 11
     stack = EveryKind(tmp_path)
     stack.set_faults(

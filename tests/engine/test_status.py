@@ -112,7 +112,7 @@ def test_with_the_cluster_stopped_all_else_is_told(sound: P510) -> None:
     seen = status(sound)
     assert seen.code == 1
     assert ("cluster", "factory") in seen.of("bad")
-    assert ("secrets", "factory") in seen.of("unknown")
+    assert ("secrets", "all") in seen.of("unknown")
     assert {("backups", "keycloak"), ("tunnels", "p510")} <= seen.of("fine")
 
 
