@@ -135,8 +135,8 @@ def _dangling_images(machine: Machine, step: str) -> dict[str, int]:
     # One that went away since is told on stderr, the others are told all the same.
     form = "{{.Id}} {{.Size}}"
     ran = attempt(machine, ["docker", "image", "inspect", "--format", form, *ids], step)
-    rows = (line.split() for line in ran.text.splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    rows = re.findall(r"^(sha256:[0-9a-f]+) ([0-9]{1,18})$", ran.text, re.MULTILINE)
+    return {key: int(size) for key, size in rows}
 
 
 def _images_of_containers(machine: Machine, step: str) -> set[str]:

@@ -797,7 +797,13 @@ class RehearsalMachine(Machine):
         options, wanteds = _options(words, (), ["--format"])
         if options.get("--format") == "{{.Id}} {{.Size}}":
             sizes = self.setting("dangling.json", {})
-            return _done("".join(f"{one} {sizes[one]}\n" for one in wanteds))
+            out = "".join(f"{one} {sizes[one]}\n" for one in wanteds if one in sizes)
+            gone = [
+                f"Error response from daemon: No such image: {one}\n"
+                for one in wanteds
+                if one not in sizes
+            ]
+            return Ran(int(bool(gone)), out.encode(), "".join(gone).encode())
         (wanted,) = wanteds
         if options.get("--format") in ("{{.Id}}", "{{json .Config}}"):
             known = {image.get("name") for _, image in self.docker_world.list("image")}

@@ -86,7 +86,7 @@ StackName = Annotated[
         "write it as `pulumi stack ls --all` shows it; organization is that very word where the "
         "state is in files",
         "organization/homelab/metal",
-        r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+",
+        r"[A-Za-z0-9_.][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_.][A-Za-z0-9_.-]*){2}",
     ),
 ]
 LabelKey = Annotated[

@@ -14,15 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import hypothesis
 import pulumi
 import pytest
 from google.protobuf import json_format
 from pulumi.runtime import mocks, rpc
-
-# How long an example takes says more of the machine than of the code.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
 
 Key: TypeAlias = tuple[str, str]
 """Last part of the type token and logical name: ("DnsRecord", "argocd.example.org")."""

@@ -1,6 +1,7 @@
 """hostctl clean, on the make-believe machine: what nothing references goes, all else stays."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,23 @@ def test_a_dangling_image_of_a_stopped_container_stays(full: Host) -> None:
     full.machine.set("dangling.json", {facts["Image"]: 5, "sha256:9": 1})
     assert names(full("clean factory --dry-run")["images"]) == ["sha256:9"]
     assert names(full("clean factory")["images"]) == ["sha256:9"]
+
+
+def test_an_image_that_went_away_since_and_a_line_that_is_no_image_are_passed_over(
+    full: Host,
+) -> None:
+    run = full.machine.run
+
+    def docker(argv: Sequence[str], **options: Any) -> Ran:
+        ran = run(argv, **options)
+        if list(argv[1:4]) == ["image", "ls", "--quiet"]:
+            return ran._replace(out=ran.out + b"sha256:7\n")
+        if "{{.Id}} {{.Size}}" in argv:
+            return ran._replace(out=b"WARNING: deprecated\n" + ran.out)
+        return ran
+
+    full.machine.run = docker  # type: ignore[method-assign]
+    assert names(full("clean factory --dry-run")["images"]) == ["sha256:9"]
 
 
 def test_another_clusters_nodes_are_not_entered(full: Host) -> None:

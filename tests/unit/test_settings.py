@@ -292,6 +292,10 @@ class TestLeaves:
         at = data.draw(st.integers(0, len(example)))
         assert not taken(path, example[:at] + bad + example[at:])
 
+    @pytest.mark.parametrize("name", ["-/0/0", "a/-o/b", "a/b/--help", "a/b"])
+    def test_no_part_of_a_stacks_name_looks_like_an_option(self, name: str) -> None:
+        assert not taken("settings.argocd.clusters.stack", name)
+
     @profile(max_examples=300, deadline=None)
     @given(
         path=st.sampled_from(NAMES), option=st.from_regex(r"--?[a-z][a-z-]*(=.*)?", fullmatch=True)
