@@ -15,6 +15,7 @@ from hostctl.acceptance import k3d_accept
 from hostctl.argocd import argocd_apply, argocd_resolve
 from hostctl.backups import backup_list, backup_recover, backup_run
 from hostctl.clean import clean
+from hostctl.connectors import connector_status, connector_stop
 from hostctl.existing import cluster_inspect, docker_find, metallb_wait
 from hostctl.files import files_read, files_remove, files_write, kubeconfig
 from hostctl.images import images_digest, images_import
@@ -61,8 +62,6 @@ from hostctl.swap import k3d_retry
 from hostctl.units import units_install, units_remove, units_status
 from hostctl.watch import watch_inspect, watch_run
 from hostctl.workloads import (
-    connector_status,
-    connector_stop,
     rollout,
     secret_list,
     secret_seed,

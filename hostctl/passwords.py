@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any
 
+from hostctl.cluster import parse_json
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.protocol import Failure, Result, say
 from hostctl.spec import (
@@ -40,8 +41,9 @@ PASSWORD_SPEC: dict[str, Any] = {
 
 
 def postgres_password(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Gives a role another password when it is another than when this last ran; the first run only
-    notes which it is, as the database was made with it. What was seen is kept on the host, keyed.
+    """Gives a role another password when it is another than when this last ran; what was seen is
+    kept on the host, keyed. Where nothing was seen, a database that runs is given it too, since it
+    may have another; one that does not run yet is made with it.
 
     ALTER ROLE goes to psql's stdin, in the pod and over its local socket, with SCRAM's verifier in
     the place of the password: no argument list, and no log of the server either, holds it.
@@ -58,7 +60,7 @@ def postgres_password(machine: Machine, spec: dict[str, Any]) -> Result:
         except (FileNotFoundError, ValueError, KeyError):
             key, last = machine.nonce() + machine.nonce(), None
         digest = hmac.new(key.encode(), wanted["password"].encode(), "sha256").hexdigest()
-        changed = last not in (None, digest)
+        changed = last != digest and (last is not None or _runs(machine, wanted, step))
         if changed:
             say(step)
             _alter_role(machine, wanted, step)
@@ -67,6 +69,18 @@ def postgres_password(machine: Machine, spec: dict[str, Any]) -> Result:
             content = json.dumps({"key": key, "last": digest}, sort_keys=True).encode()
             machine.write_atomic(ledger, content, 0o600)
     return {"changed": changed}
+
+
+def _runs(machine: Machine, wanted: dict[str, Any], step: str) -> bool:
+    """Whether a pod of the workload is there to be told. `kubectl exec` waits a minute for one."""
+    get = ["get", wanted["workload"], f"--namespace={wanted['namespace']}", "--ignore-not-found"]
+    seen = run_kubectl(machine, wanted["kubeconfig"], [*get, "--output=json"], step)
+    if seen.code:
+        raise Failure("failed", step, seen.complaint, "nothing was changed: run pulumi up again")
+    if not seen.out.strip():
+        return False
+    status = parse_json(seen.out, step).get("status") or {}
+    return bool(status.get("readyReplicas")) or status.get("phase") == "Running"
 
 
 def _alter_role(machine: Machine, wanted: dict[str, Any], step: str) -> None:

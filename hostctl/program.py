@@ -35,6 +35,7 @@ MODULES = (
     "workloads",
     "passwords",
     "owners",
+    "connectors",
     "existing",
     "storage",
     "argocd",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hostctl.cluster import parse_json
-from hostctl.machine import PROGRESS_SECONDS, STATE_DIRECTORY, Machine, Ran
+from hostctl.machine import STATE_DIRECTORY, Machine, Ran
 from hostctl.protocol import Failure, Result, say
 from hostctl.spec import (
     CLUSTER_NAME,
@@ -136,7 +136,7 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
     arguments = ["get", _WORKLOADS, f"--namespace={namespace}", "--output=json"]
     listed = run_kubectl(machine, path, arguments, step)
     if listed.code:
-        raise Failure("failed", step, listed.complaint, _doctor_remedy())
+        raise Failure("failed", step, listed.complaint, doctor_remedy())
     with machine.lock(f"rollout-{namespace}"):
         ledger = f"{STATE_DIRECTORY}/rollouts/{cluster_of(machine, path)}/{namespace}.json"
         key, last, seen = _read_ledger(machine, ledger)
@@ -168,7 +168,7 @@ def rollout(machine: Machine, spec: dict[str, Any]) -> Result:
                     restart = ["rollout", "restart", title, f"--namespace={namespace}"]
                     ran = run_kubectl(machine, path, restart, step)
                     if ran.code:
-                        raise Failure("failed", step, ran.complaint, _doctor_remedy())
+                        raise Failure("failed", step, ran.complaint, doctor_remedy())
                     rolled.append(title)
             if seen.get(identity, {}) != digests:
                 seen[identity] = digests
@@ -185,7 +185,7 @@ def _is_bare(pod: Mapping[str, Any]) -> bool:
     return not ended and not any(owner.get("controller") for owner in owners)
 
 
-def _doctor_remedy() -> str:
+def doctor_remedy() -> str:
     return "see the cause; hostctl k3d doctor NAME shows whether the cluster is well"
 
 
@@ -231,66 +231,6 @@ def _write_ledger(
     machine.make_directory(os.path.dirname(path), 0o700)
     content = json.dumps({"key": key, "last": last, "seen": seen}, sort_keys=True).encode()
     machine.write_atomic(path, content, 0o600)
-
-
-CONNECTOR_SPEC: dict[str, Any] = {
-    "kubeconfig": Value(absolute_path),
-    "namespace": Value(DNS_LABEL),
-    "deployment": Value(OBJECT_NAME),
-}
-
-
-def connector_status(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Says how many pods of a tunnel's connector are ready; what is absent has none."""
-    wanted = checked(spec, CONNECTOR_SPEC, "connector status")
-    found, detail = _connector(machine, wanted, f"looking at {_connector_name(wanted)}")
-    return {"ready": (found.get("status") or {}).get("readyReplicas", 0), "detail": detail}
-
-
-def connector_stop(machine: Machine, spec: dict[str, Any]) -> Result:
-    """Stops a tunnel's connectors before the tunnel is deleted, which fails while one is connected.
-    An absent cluster or Deployment has none."""
-    wanted = checked(spec, CONNECTOR_SPEC, "connector stop")
-    step, path = f"stopping {_connector_name(wanted)}", wanted["kubeconfig"]
-    found, detail = _connector(machine, wanted, step)
-    if not found:
-        return {"stopped": False, "detail": detail}
-    title = f"deployments.apps/{wanted['deployment']}"
-    namespace = f"--namespace={wanted['namespace']}"
-    scaled = run_kubectl(machine, path, ["scale", title, namespace, "--replicas=0"], step)
-    if scaled.code:
-        raise Failure("failed", step, scaled.complaint, _doctor_remedy())
-    for _ in range(24):
-        found, _detail = _connector(machine, wanted, step)
-        if not (found.get("status") or {}).get("replicas"):
-            return {"stopped": True, "detail": "scaled to 0"}
-        say(f"{step}: waiting for its pods to end")
-        machine.sleep(PROGRESS_SECONDS)
-    raise Failure("timed-out", step, "its pods have not ended in 120 s", "kubectl get pods")
-
-
-def _connector_name(wanted: Mapping[str, Any]) -> str:
-    return f"{wanted['namespace']}/{wanted['deployment']}"
-
-
-def _connector(
-    machine: Machine, wanted: Mapping[str, Any], step: str
-) -> tuple[dict[str, Any], str]:
-    """The connector's Deployment, empty where there is none, and why."""
-    title = f"deployments.apps/{wanted['deployment']}"
-    get = ["get", title, f"--namespace={wanted['namespace']}", "--ignore-not-found"]
-    try:
-        seen = run_kubectl(machine, wanted["kubeconfig"], [*get, "--output=json"], step)
-    except Failure as failure:
-        if failure.code != "cannot-tell":
-            raise
-        # Whoever cannot be reached here holds no connection to Cloudflare from here either.
-        return {}, failure.cause
-    if seen.code and "(NotFound)" not in seen.complaint:
-        raise Failure("failed", step, seen.complaint, _doctor_remedy())
-    if seen.code or not seen.out.strip():
-        return {}, "there is no such Deployment"
-    return parse_json(seen.out, step), "it exists"
 
 
 KUBECONFIG = text_matching(
@@ -343,7 +283,7 @@ def secret_list(machine: Machine, spec: dict[str, Any]) -> Result:
     arguments = ["get", "secrets", "--all-namespaces", "--output=json"]
     seen = ask_cluster(machine, wanted, arguments, step)
     if seen.code:
-        raise Failure("cannot-tell", step, seen.complaint, _doctor_remedy())
+        raise Failure("cannot-tell", step, seen.complaint, doctor_remedy())
     return {
         "secrets": [
             {

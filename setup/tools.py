@@ -154,8 +154,9 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def _uv_release(directory: Path) -> str:
+    # The static one runs on NixOS, too.
     system, processor = download.machine()
-    vendor = {"linux": "unknown-linux-gnu", "darwin": "apple-darwin"}.get(system)
+    vendor = {"linux": "unknown-linux-musl", "darwin": "apple-darwin"}.get(system)
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(processor, processor)
     name = f"uv-{processor}-{vendor}.tar.gz"
     url = f"https://github.com/astral-sh/uv/releases/download/{UV.version}/{name}"

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Annotated, Any, TypeAlias
 
@@ -162,8 +163,16 @@ class Settings(Model):
         return self.model_copy(update={**of_cluster, "tunnels": hosts})
 
     def declared_secrets(self) -> list[DeclaredSecret]:
-        """All Secrets that the cluster shall hold: declared ones, their copies, and Tailscale's."""
-        return [secret for _, secret in self._secrets_by_path()]
+        """All Secrets that the cluster shall hold: declared ones, their copies, and Tailscale's. Of
+        one that is handed over the value is another's: no database and no workload is told of it.
+        """
+        untold = {"rollout": False, "postgres": None}
+        return [
+            replace(one, secret=one.secret.model_copy(update=untold))
+            if f"Secret {one.namespace}/{one.name}" in self.handed_over
+            else one
+            for _, one in self._secrets_by_path()
+        ]
 
     def declared_namespaces(self) -> dict[str, str]:
         """Owner, `pulumi` or `argocd`, of each namespace that is named; not Kubernetes' own."""

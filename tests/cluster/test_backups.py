@@ -25,7 +25,7 @@ ITEMS = [
         "claim": "keycloak-data",
         "scale_down": "deployment/keycloak",
     },
-    {"name": "state", "kind": "directory", "path": "/var/lib/homelab/pulumi"},
+    {"name": "state", "kind": "directory", "path": "/var/lib/pulumi"},
     {"name": "cluster", "kind": "datastore"},
 ]
 NAS = {"name": "nas", "kind": "directory", "repository": "/mnt/nas/restic", "keep_daily": 14}
@@ -108,9 +108,9 @@ def keycloak(host: Host, spec: dict[str, Any], network: str) -> Iterator[Host]:
     host.kubectl("apply", "--filename=-", input=json.dumps(listed))
     host.kubectl("wait", "--for=jsonpath={.status.readyReplicas}=1", "--timeout=60s",
                  "--namespace=factory", "deployment/keycloak")  # fmt: skip
-    sh(host, f"mkdir -p {VOLUME}/h2 /var/lib/homelab/pulumi /mnt/nas")
+    sh(host, f"mkdir -p {VOLUME}/h2 /var/lib/pulumi /mnt/nas")
     sh(host, f"echo the realm > {VOLUME}/h2/keycloakdb.mv.db; chown -R 1000:0 {VOLUME}/h2")
-    sh(host, "echo {} > /var/lib/homelab/pulumi/p510.json")
+    sh(host, "echo {} > /var/lib/pulumi/p510.json")
     write_keys(host)
     (bucket / "backups").mkdir(parents=True)
     server = ["versitygw", "--quiet", "--port", "127.0.0.1:9000", "posix", str(bucket)]

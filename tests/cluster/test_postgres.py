@@ -235,6 +235,9 @@ def test_another_password_of_a_role_is_in_the_database_and_in_no_log(postgres: H
     def give(password: str) -> dict[str, Any]:
         return host("postgres", "password", spec={**role, "password": password})
 
+    # A database that was never seen may have another: it is told.
+    psql(host, """alter role "app.Role" password 'made-up other'""")
+    assert give(old)["changed"]
     assert not give(old)["changed"]
     assert logs_in(old)
     # What cannot be told changes nothing, and is tried again.

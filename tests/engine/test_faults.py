@@ -272,7 +272,7 @@ def test_a_wrong_passphrase_is_named_and_a_truncated_state_is_restored_as_docume
     lines = [line[2:] for line in block.splitlines() if line.startswith("$ ")]
     *restore, last = lines
     assert last == "pulumi up --refresh"
-    script = "\n".join(restore).replace("/var/lib/homelab/pulumi", str(tmp_path / "state"))
+    script = "\n".join(restore).replace("/var/lib/pulumi", str(tmp_path / "state"))
     subprocess.run(["bash", "-euc", script], check=True, capture_output=True)
     assert planned(stack.up("--refresh")) == set()
     assert urns(stack) == before

@@ -1293,6 +1293,21 @@ def test_connector_is_stopped_and_its_absence_is_fine(live: Host) -> None:
     assert live("connector stop", spec | {"kubeconfig": "/etc/none"})["stopped"] is False
 
 
+def test_a_connector_that_argocd_has_by_now_goes_on(live: Host) -> None:
+    spec = {
+        "kubeconfig": "/etc/k3d/kubeconfig",
+        "namespace": "default",
+        "deployment": "cloudflared",
+    }
+    deployment = _deployment("cloudflared")
+    tracking = "infra:apps/Deployment:default/cloudflared"
+    deployment["metadata"]["annotations"] = {"argocd.argoproj.io/tracking-id": tracking}
+    live.api.create(deployment, "test")
+    left = live("connector stop", spec)
+    assert (left["stopped"], left["detail"]) == (False, "it belongs to ArgoCD application infra")
+    assert live.api.get(_deployment("cloudflared"))["spec"]["replicas"]
+
+
 def test_connector_status_counts_ready_pods(live: Host) -> None:
     spec = {
         "kubeconfig": "/etc/k3d/kubeconfig",

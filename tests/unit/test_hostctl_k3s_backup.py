@@ -22,7 +22,7 @@ DATABASE = {
     "database": "shop",
     "user": "shop",
 }
-STATE = {"name": "state", "kind": "directory", "path": "/var/lib/homelab/pulumi"}
+STATE = {"name": "state", "kind": "directory", "path": "/var/lib/pulumi"}
 DATASTORE = {"name": "cluster", "kind": "datastore"}
 
 
@@ -33,7 +33,7 @@ def tower(tmp_path: Path) -> Tower:
     tower.up()
     put(tower, "k3s-master")
     write(tower, f"{DATA}/a", "noted")
-    write(tower, "/var/lib/homelab/pulumi/stacks", "of the stack")
+    write(tower, "/var/lib/pulumi/stacks", "of the stack")
     database = {"shop": {"content": "rows", "rows": "1/0/0"}}
     tower.master.machine.set("databases.json", {"default/statefulset/shop-db": database})
     return tower

@@ -9,7 +9,7 @@ import pytest
 
 from hostctl.passwords import scram_verifier
 from tests.unit.test_hostctl import KUBECONFIG, Host
-from tests.unit.test_hostctl_backup import live
+from tests.unit.test_hostctl_backup import get, live, put
 
 __all__ = ["live"]
 WORKLOAD = "factory/statefulset/skillai-db"
@@ -45,14 +45,41 @@ def test_the_verifier_is_that_of_rfc_7677() -> None:
     )
 
 
-def test_the_first_run_changes_nothing_and_each_other_password_once(database: Host) -> None:
+def starts(host: Host) -> None:
+    database = {"replicas": 1, "template": {"spec": {}}}
+    key = "factory/StatefulSet.apps/skillai-db"
+    put(host, key, database)
+    running = {**get(host, key), "status": {"readyReplicas": 1}}
+    host.api.world.put(f"{host.api.cluster}/{key}", running)
+
+
+def test_a_database_that_does_not_run_yet_is_made_with_its_first_password(database: Host) -> None:
     assert not give(database, "made-up old")["changed"]
     assert verifier(database) == "of the image"
+    starts(database)
+    assert not give(database, "made-up old")["changed"]
+    assert verifier(database) == "of the image"
+
+
+def test_one_that_runs_and_was_never_seen_is_told_since_it_may_have_another(
+    database: Host,
+) -> None:
+    starts(database)
     assert give(database, "made-up new")["changed"]
     assert verifier(database).startswith("SCRAM-SHA-256$4096:")
+
+
+def test_each_other_password_is_set_once_and_after_a_lost_record_too(database: Host) -> None:
+    give(database, "made-up old")
+    starts(database)
+    assert give(database, "made-up new")["changed"]
     before = verifier(database)
     assert not give(database, "made-up new")["changed"]
     assert verifier(database) == before
+    (ledger,) = database.machine._file("/var/lib/homelab/passwords").glob("*/*.json")
+    ledger.unlink()
+    assert give(database, "made-up newer")["changed"]
+    assert verifier(database) != before
     assert not [call for call in database.calls if "made-up" in " ".join(call)]
 
 

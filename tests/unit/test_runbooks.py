@@ -22,7 +22,7 @@ from tests.unit.test_hostctl_watch import WATCH
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
 PAGES = sorted(page.stem for page in RUNBOOKS.glob("*.md") if page.stem != "README")
-STATE = "/var/lib/homelab/pulumi"
+STATE = "/var/lib/pulumi"
 ROUTE = "plex.example.org"
 
 

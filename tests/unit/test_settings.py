@@ -127,6 +127,17 @@ class TestDerived:
         assert [(s.namespace, s.copy_of) for s in copies] == [("argocd", ("factory", "login"))]
         assert copies[0].secret.data["password"].get_secret_value() == "made-up"
 
+    def test_of_a_secret_that_is_handed_over_nobody_is_told(self) -> None:
+        role = {"workload": "statefulset/login-db", "role": "login"}
+        login = {"data": {"password": "made-up"}, "postgres": role}
+        config = {"cluster": IMAGE, "secrets": {"factory": {"login": login}}}
+        (before,) = parse(config).declared_secrets()
+        assert before.secret.postgres
+        assert before.secret.rollout
+        (after,) = parse({**config, "handedOver": ["Secret factory/login"]}).declared_secrets()
+        assert (after.secret.postgres, after.secret.rollout) == (None, False)
+        assert after.secret.data == before.secret.data
+
     def test_namespaces_are_those_that_anything_names(self) -> None:
         config = config_of((FIXTURES / "valid" / "tunnels-of-each-kind.yaml").read_text())
         assert parse(config).declared_namespaces() == {"factory": "pulumi", "media": "argocd"}
