@@ -235,8 +235,9 @@ def _init(machine: Machine, wanted: str) -> str:
 
 
 def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The units by name. The start is `k3d start` and not `ensure`: it heals what is there and
-    makes nothing where a disk that was not mounted hides the cluster."""
+    """The units by name; the one without a job's name runs at boot. It is `k3d start` and not
+    `ensure`: it heals what is there and makes nothing where a disk that was not mounted hides the
+    cluster. k3s starts by a unit of its own."""
     name, program = spec["cluster"], spec["hostctl"]
     boot = f"homelab-{name}.service"
     seconds = spec["start_seconds"]
@@ -265,8 +266,25 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
             "[Install]\n"
             "WantedBy=multi-user.target docker.service\n"
         )
+    elif spec["items"]:
+        # A power cut runs no ExecStopPost, and the timer's next run may be a week away.
+        texts[boot] = (
+            _head(f"End what a backup of cluster {name} began") + f"After={K3S_UNITS['server']}\n"
+            f"StartLimitBurst={START_TRIES}\n"
+            f"StartLimitIntervalSec={interval}\n\n"
+            "[Service]\n"
+            "Type=oneshot\n"
+            "RemainAfterExit=yes\n"
+            f"Environment=PATH={_PATH}\n"
+            f"ExecStart={program} backup recover {name}\n"
+            f"TimeoutStartSec={seconds}\n"
+            "Restart=on-failure\n"
+            f"RestartSec={START_PAUSE_SECONDS}\n\n"
+            "[Install]\n"
+            "WantedBy=multi-user.target\n"
+        )
     job = (
-        f"After={boot if spec['storage_dir'] else K3S_UNITS['server']}\n\n"
+        f"After={boot if boot in texts else K3S_UNITS['server']}\n\n"
         "[Service]\n"
         "Type=oneshot\n"
         f"Environment=PATH={_PATH}\n"

@@ -2,6 +2,7 @@
 of the machine itself. Targets, with a real restic: tests/cluster/test_k3s.py.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,10 @@ def test_without_a_server_that_runs_here_nothing_is_taken(tower: Tower, verb: st
     assert "homelab:host" in error["remedy"]
 
 
-def test_the_timers_are_installed_without_a_start_of_their_own(tower: Tower) -> None:
+def test_the_timers_are_installed_and_at_boot_only_what_a_power_cut_left_is_ended(
+    tower: Tower,
+) -> None:
+    write(tower, "/var/lib/homelab/hostctl", "")
     spec = {
         "cluster": "tower",
         "hostctl": "/var/lib/homelab/hostctl",
@@ -139,9 +143,13 @@ def test_the_timers_are_installed_without_a_start_of_their_own(tower: Tower) -> 
     installed = tower.master("units install", spec)
     names = [f"homelab-tower-{job}.{kind}" for job in ("backup", "verify")
              for kind in ("service", "timer")]  # fmt: skip
+    names.append("homelab-tower.service")
     assert installed["units"] == names
-    text = tower.master.text("/etc/systemd/system/homelab-tower-backup.service")
+    text = tower.master.text("/etc/systemd/system/homelab-tower.service")
     assert "After=k3s.service" in text
+    assert re.findall("Exec.*", text) == ["ExecStart=/var/lib/homelab/hostctl backup recover tower"]
+    text = tower.master.text("/etc/systemd/system/homelab-tower-backup.service")
+    assert "After=homelab-tower.service" in text
     seen = tower.master("units status", spec)
     assert {name: one["installed"] for name, one in seen["units"].items()} == dict.fromkeys(
         names, "current"
