@@ -706,6 +706,9 @@ def _exchange(
     status = re.match(rb"HTTP/1\.[01] (\d{3})\b", said)
     if not status or not end:
         raise OSError("no answer in HTTP")
+    length = re.search(rb"\r\ncontent-length: *(\d{1,18})(?:\r|$)", said, re.IGNORECASE)
+    if length and len(content) < int(length.group(1)):
+        raise OSError("an answer that was cut off")
     return int(status.group(1)), content.decode("utf-8", "replace")
 
 

@@ -26,6 +26,7 @@ class Daemon(socketserver.ThreadingUnixStreamServer):
 
     def __init__(self, path: Path) -> None:
         self.answers: dict[str, tuple[int, Any]] = {}
+        self.cut_off = 0
         super().__init__(str(path), _Request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -42,7 +43,7 @@ class _Request(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[: len(content) - self.server.cut_off])
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -133,3 +134,11 @@ def test_another_daemon_of_the_clients_is_left_to_it(
         (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("hostctl.machine._at_socket", pytest.fail)
     assert Machine().ask_docker("/version") is None
+
+
+def test_an_answer_that_was_cut_off_is_none(daemon: Daemon) -> None:
+    # What is left of it would be JSON, too.
+    daemon.answers["/networks/k3d-factory"] = 200, b'{"Name": "k3d-factory"} '
+    assert Host().ask_docker("/networks/k3d-factory")
+    daemon.cut_off = 1
+    assert Host().ask_docker("/networks/k3d-factory") is None
