@@ -27,6 +27,9 @@ KINDS = (
 )
 """All that a preview asks for: the kinds that stacks declare, and k3s's own charts."""
 
+NOT_SEEN = "who owns its objects cannot be seen, so that no second owner is refused"
+"""What a preview says of a cluster that it cannot look into."""
+
 Key = tuple[str, str, str]
 """An object: `Deployment.apps`, its namespace or nothing, its name."""
 
@@ -134,9 +137,9 @@ class Ownership:
         answer = yield from ask(["cluster", "owners"], spec)
         if answer["state"] != "known":
             _refuse_unseen(stack.tunnels, cluster, answer["detail"])
-            pulumi.log.warn(f"cluster {cluster}: who owns its objects {_UNSEEN}{answer['detail']}")
+            pulumi.log.warn(f"cluster {cluster}: {NOT_SEEN}: {answer['detail']}")
         for detail in answer["unseen"]:
-            pulumi.log.warn(f"cluster {cluster}: who owns some of its objects {_UNSEEN}{detail}")
+            pulumi.log.warn(f"cluster {cluster}: of some, {NOT_SEEN}: {detail}")
         seen = {
             (one["kind"], one["namespace"] or "", one["name"]): one for one in answer["objects"]
         }
@@ -192,9 +195,6 @@ class Ownership:
         if not pulumi.runtime.is_dry_run():
             # Nothing of it is sent to the engine.
             self.settle()
-
-
-_UNSEEN = "cannot be seen, so that no second one is refused: "
 
 
 def _refuse_unseen(tunnels: Mapping[str, settings.Tunnel], cluster: str, detail: str) -> None:

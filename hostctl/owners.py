@@ -40,30 +40,28 @@ def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
     """
     wanted = checked(spec, OWNERS_SPEC, "cluster owners")
     step = f"looking who owns the objects of cluster {wanted['cluster']}"
-    unseen = []
-    served = ask_cluster(
-        machine, wanted, ["api-resources", "--verbs=list", "--no-headers=true"], step
-    )
-    if served.code:
-        if is_silent(served):
-            return {"state": "unknown", "detail": served.complaint, "objects": [], "unseen": []}
-        # Of an API of others that is down, such as metrics: the rest is printed.
-        if not served.out.strip():
-            raise _cannot_tell(step, served.complaint)
-        unseen.append(served.complaint)
-    resources = sorted(_resources(served.text, wanted["kinds"]))
-    if not resources:
-        return {"state": "known", "detail": "", "objects": [], "unseen": unseen}
-    arguments = ["get", ",".join(resources), "--all-namespaces", "--show-managed-fields"]
-    seen = ask_cluster(machine, wanted, [*arguments, f"--output={_METADATA}"], step)
-    if seen.code:
-        if is_silent(seen):
-            return {"state": "unknown", "detail": seen.complaint, "objects": [], "unseen": []}
-        if not seen.out.strip():
-            raise _cannot_tell(step, seen.complaint)
-        unseen.append(seen.complaint)
+    unseen: list[str] = []
+
+    def ask(*arguments: str) -> str:
+        ran = ask_cluster(machine, wanted, arguments, step)
+        if ran.code:
+            if is_silent(ran):
+                raise _Silent(ran.complaint)
+            # Of an API of others that is down, such as metrics: the rest is printed.
+            if not ran.out.strip():
+                raise _cannot_tell(step, ran.complaint)
+            unseen.append(ran.complaint)
+        return ran.text
+
+    try:
+        served = ask("api-resources", "--verbs=list", "--no-headers=true")
+        resources = ",".join(sorted(_resources(served, wanted["kinds"])))
+        options = ("--all-namespaces", "--show-managed-fields", f"--output={_METADATA}")
+        seen = ask("get", resources, *options) if resources else ""
+    except _Silent as silent:
+        return {"state": "unknown", "detail": str(silent), "objects": [], "unseen": []}
     objects = []
-    for line in seen.text.split("\n")[:-1]:
+    for line in seen.split("\n")[:-1]:
         try:
             version, kind, metadata = line.split(" ", 2)
             group = version.rpartition("/")[0]
@@ -91,6 +89,10 @@ def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
             for kind, metadata in objects
         ],
     }
+
+
+class _Silent(Exception):
+    """The API does not answer."""
 
 
 def _cannot_tell(step: str, cause: str) -> Failure:

@@ -12,6 +12,7 @@ made), faults.json (what they shall do wrong), events/ (one JSON event a line, a
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import hashlib
 import json
@@ -30,6 +31,7 @@ from typing import Any
 
 import yaml
 from pulumi.automation.events import EngineEvent, StepEventMetadata
+from typing_extensions import Self
 
 from rehearsal.core import MARKER, REALLY
 from setup.command import resolve, search_path
@@ -122,6 +124,9 @@ class Run:
         ]
 
 
+# What a copy can do without: what Pulumi and the rehearsal keep of former runs.
+_PAST = shutil.ignore_patterns("events", "logs", "backups", "history")
+
 # Operations that leave a resource as it is. A replacement is three steps; it is counted as them.
 UNCHANGED = ("same", "read", "refresh")
 
@@ -168,6 +173,14 @@ class Rehearsal:
         if self.config is None:
             self._copy_other_stack_files()
         self.set_config(self.config if self.config is not None else self._stack_file_config())
+
+    def copy(self, directory: Path) -> Self:
+        """The same stack in the same world once more, to go another way."""
+        shutil.copytree(self.directory, directory, ignore=_PAST)
+        (directory / "events").mkdir()
+        twin = copy.deepcopy(self)
+        twin.directory = Path(directory)
+        return twin
 
     # Runs. Each returns its Run; with `check` a non-zero exit code raises RehearsalError.
 

@@ -18,6 +18,7 @@ import homelab
 from components import settings
 from components.cluster import Cluster
 from components.host import Connection, Host, HostError, Reading, ask, this_machine
+from components.ownership import NOT_SEEN
 from components.settings.network import Span
 
 
@@ -106,8 +107,8 @@ class LiveExisting:
         if self.state == "unreachable":
             pulumi.log.warn(
                 f"cluster {cluster.name} does not answer at {self.server}: {self.detail}. This"
-                " preview holds the settings against what was last known; up is refused until it"
-                " answers"
+                f" preview holds the settings against what was last known, and {NOT_SEEN}; up is"
+                " refused until it answers"
             )
             return
         if cluster.identity is None:

@@ -13,6 +13,7 @@ from pulumi_command import local
 import homelab
 from components import settings
 from components.host import Host, HostError, Reading, ask, result
+from components.ownership import NOT_SEEN
 from components.settings import Network
 
 # Pulling an image or opening an 11 GB datastore (incident 4) may take this much longer than the
@@ -134,12 +135,14 @@ class LiveCluster:
         if self.state == "imported":
             pulumi.log.warn(
                 f"cluster {cluster.name} was imported on {host} and is not up yet: up brings it up"
-                f" as {self.identity}. Its connectors wait for `hostctl move cutover`"
+                f" as {self.identity}. Until then {NOT_SEEN}. Its connectors wait for `hostctl move"
+                " cutover`"
             )
         elif self.state == "stopped":
             pulumi.log.warn(
-                f"cluster {cluster.name} on {host} is stopped: up starts it. After `up --refresh`"
-                " run up once more: edits of objects wait for a run that begins with the cluster up"
+                f"cluster {cluster.name} on {host} is stopped: up starts it. Until then {NOT_SEEN}."
+                " After `up --refresh` run up once more: edits of objects wait for a run that"
+                " begins with the cluster up"
             )
         for difference in self.differences:
             # One that is fixed and was not refused is to be recreated.

@@ -26,6 +26,7 @@ from components.host import (
     result,
     this_machine,
 )
+from components.ownership import NOT_SEEN
 from components.settings.audit import POLICY_FILE
 from components.settings.k3s import JoinToken
 
@@ -212,8 +213,7 @@ class LiveK3s:
     def announce(self, cluster: settings.K3sCluster) -> None:
         """Says in the preview what up will do to each node, and which could not be asked."""
         for name, node in self.nodes.items():
-            role = cluster.nodes[name].role
-            for text in _plans(name, role, node, cluster):
+            for text in _plans(name, node, cluster):
                 pulumi.log.warn(f"cluster {cluster.name}: {text}")
             for warning in node.warnings:
                 pulumi.log.warn(f"node {name}: {warning['what']}. Remedy: {warning['remedy']}")
@@ -221,7 +221,7 @@ class LiveK3s:
                 where = "" if self.identity is None else ", which joins the cluster"
                 pulumi.log.info(
                     f"cluster {cluster.name}: up installs k3s {cluster.version} on {name},"
-                    f" {'a server' if role == 'server' else 'an agent'}{where}"
+                    f" {'a server' if cluster.nodes[name].role == 'server' else 'an agent'}{where}"
                 )
 
 
@@ -240,17 +240,19 @@ def _is_foreseen(key: str, cluster: settings.K3sCluster) -> bool:
     )
 
 
-def _plans(name: str, role: str, node: LiveNode, cluster: settings.K3sCluster) -> Iterator[str]:
+def _plans(name: str, node: LiveNode, cluster: settings.K3sCluster) -> Iterator[str]:
+    # The way into the cluster is the first server's to tell.
+    unseen = f"; until then {NOT_SEEN}" if name == cluster.names("server")[0] else ""
     if node.state == "unknown":
         yield (
             f"node {name} does not answer, so it cannot be told what is there; it is left as it is"
-            f" known: {' '.join(node.detail.split())}"
+            f" known{unseen}: {' '.join(node.detail.split())}"
         )
         return
     if node.state == "stopped":
-        yield f"node {name} is stopped: up starts it"
+        yield f"node {name} is stopped: up starts it{unseen}"
     elif node.state == "half":
-        yield f"node {name} is half installed: up finishes it"
+        yield f"node {name} is half installed: up finishes it{unseen}"
     if node.version not in (None, cluster.version):
         yield (
             f"node {name} runs {node.version}: up drains it, upgrades it to {cluster.version} and"

@@ -134,6 +134,10 @@ def _find(aside: Engine) -> _Found:
             take(state["deployment"], _with_owners(plan, resources, entries))
             aside.import_(state)
             found.taken += sorted(read_anew(aside, {goal["urn"] for goal, _ in entries}))
+    doomed = sorted({step["urn"] for step in steps if step["op"] in ("delete", "delete-replaced")})
+    if doomed:
+        # What is gone already, some plugins refuse to delete.
+        aside.refresh(doomed)
     for step in steps:
         if step["urn"] in found.taken and step["op"] not in ("same", "read", "refresh"):
             found.differences.append(difference(step))

@@ -29,11 +29,16 @@ def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
         mend(engine)
         state = engine.export()
     begun = _pending(state)
-    if not begun and then == "up":
-        _refresh(engine, set())
-        # A create whose provider died, or whose answer was lost, is forgotten by the engine.
+    if not begun:
         engine.say("no operation was cut off; perhaps an answer was lost")
-        return adopt(engine, take=True)
+        if then == "up":
+            _refresh(engine, set())
+            # A create whose provider died, or whose answer was lost, is forgotten by the engine.
+            adopt(engine, take=True)
+        else:
+            # What is gone already, some plugins refuse to delete.
+            engine.run(then, "--yes", "--skip-preview", "--refresh", shown=True)
+        return
     for operation in begun:
         engine.say(f"cut off while {operation['type']}: {described(operation['resource']['urn'])}")
     if begun:

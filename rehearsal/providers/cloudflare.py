@@ -242,7 +242,9 @@ class Cloudflare(Bridged):
             return  # The API knows no deletion of a configuration.
         found = self.world.find(request.id, _KINDS[request.type])
         if found is None:
-            return
+            # Other than most plugins, this one takes that for a failure.
+            path = f"{_KINDS[request.type]}s/{request.id}"
+            raise _refused("DELETE", path, 404, 1003, "not found")
         key, thing = found
         if request.type == TUNNEL:
             if thing.get("connections"):

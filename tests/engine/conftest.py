@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from typing_extensions import Self
 
 from components.recovery import Engine, adopt
 from rehearsal.machine import RehearsalMachine
 from rehearsal.run import CHECKOUT, UNCHANGED, Rehearsal, Run, with_made_up_secrets
-
-# What a copy of a stack can do without: what Pulumi and the rehearsal keep of former runs.
-_PAST = shutil.ignore_patterns("events", "logs", "backups", "history")
 
 
 class StackRehearsal(Rehearsal):
@@ -31,15 +27,6 @@ class StackRehearsal(Rehearsal):
         config, _ = with_made_up_secrets(stack_file["config"])
         self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
         super().__init__(directory, self.name, self.settings)
-
-    def copy(self, directory: Path) -> Self:
-        """The same stack in the same world once more, to go another way."""
-        shutil.copytree(self.directory, directory, ignore=_PAST)
-        (directory / "events").mkdir()
-        twin = copy.copy(self)
-        twin.directory = directory
-        twin.environment = dict(self.environment)
-        return twin
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[dict[str, Any]]:

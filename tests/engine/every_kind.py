@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.engine.conftest import P510
+from tests.engine.conftest import P510, StackRehearsal
 
 # What each life makes up anew: ids of Cloudflare, of Docker and of the cluster, tokens, and how
 # often something was healed or written, which tells of the way and not of its end.
@@ -46,7 +46,7 @@ class Few(P510):
                 del settings[section]
 
 
-def state(stack: P510) -> dict[str, str]:
+def state(stack: StackRehearsal) -> dict[str, str]:
     """The inputs of all resources by URN, without what each life makes up anew."""
     exported = json.loads(stack.pulumi("stack", "export", "--show-secrets").stdout)["deployment"]
     assert not exported.get("pending_operations"), exported["pending_operations"]
@@ -56,7 +56,7 @@ def state(stack: P510) -> dict[str, str]:
     return {r["urn"]: made_up(json.dumps(r.get("inputs"), sort_keys=True)) for r in resources}
 
 
-def world(stack: P510) -> Counter[str]:
+def world(stack: StackRehearsal) -> Counter[str]:
     """All that exists, as often as it exists, without what each life makes up anew."""
     found = Counter[str]()
     for path in stack.world.rglob("*"):
@@ -76,6 +76,6 @@ def made_up(text: str) -> str:
     return text
 
 
-def kinds(stack: P510) -> dict[str, dict[str, Any]]:
+def kinds(stack: StackRehearsal) -> dict[str, dict[str, Any]]:
     """One of the resources of each kind in the state, by kind; of the host's commands all."""
     return {r["type"] if "Command" not in r["type"] else r["urn"]: r for r in stack.resources()}

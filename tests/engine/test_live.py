@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from components.ownership import NOT_SEEN
 from tests.engine.conftest import P510, edited_file, errors, planned
 
 pytestmark = pytest.mark.engine
@@ -36,6 +37,7 @@ def test_a_stopped_cluster_is_seen_said_and_started(p510):
     p510.on_host("docker", "stop", "-t", "60", NODE)
     for preview in (p510.preview(), p510.preview("--refresh")):
         assert "cluster factory on this machine is stopped: up starts it" in preview.stdout
+        assert [text for text in preview.diagnostics if NOT_SEEN in text and "stopped" in text]
         assert "not seen: namespaces and objects: the cluster is stopped" in preview.stdout
         assert planned(preview) == HEALED | SLEEPING
     assert planned(p510.up()) == HEALED

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.ownership import NOT_SEEN
 from rehearsal import existing
 from rehearsal.providers.kubernetes import cluster_id
 from tests.engine.conftest import (
@@ -244,7 +245,8 @@ def test_a_cluster_that_sleeps_shows_edits_and_is_not_touched(metal):
     with metal.edited() as settings:
         settings["network"]["traefik"]["address"] = "192.168.1.244"
     preview = metal.preview()
-    assert any("does not answer at https://192.168.1.130:6443" in d for d in preview.diagnostics)
+    [told] = [d for d in preview.diagnostics if "answer at https://192.168.1.130:6443" in d]
+    assert NOT_SEEN in told
     # The provider's update is that of a preview alone: it must not skip what is unreachable.
     assert planned(preview) == {"update Service traefik", "update kubernetes kubernetes"}
     state = {r["urn"]: r["modified"] for r in metal.resources() if r["custom"]}

@@ -1,7 +1,6 @@
 """One owner of each object: ArgoCD gets some of a stack's and gives one back; none is deleted."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,8 +87,7 @@ def brought_up(tmp_path_factory: pytest.TempPathFactory) -> Dev:
 
 @pytest.fixture
 def dev(brought_up: Dev, tmp_path: Path) -> Dev:
-    shutil.copytree(brought_up.directory, tmp_path / "dev")
-    return Dev(tmp_path / "dev")
+    return brought_up.copy(tmp_path / "dev")
 
 
 def test_objects_go_to_argocd_and_come_back_and_are_the_same_all_the_while(dev: Dev) -> None:

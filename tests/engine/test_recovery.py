@@ -116,8 +116,7 @@ def brought_up(tmp_path_factory: pytest.TempPathFactory) -> Dev:
 
 @pytest.fixture
 def dev(brought_up: Dev, tmp_path: Path) -> Dev:
-    shutil.copytree(brought_up.directory, tmp_path / "dev")
-    return Dev(tmp_path / "dev")
+    return brought_up.copy(tmp_path / "dev")
 
 
 def test_a_killed_up_is_gone_on_with_and_makes_nothing_twice(brought_up: Dev, tmp_path: Path):

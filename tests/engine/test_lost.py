@@ -1,0 +1,138 @@
+"""Done, and the answer never came: each step succeeds and the engine is told that it failed, for each
+kind of resource that the stacks declare. `make recover` ends where an undisturbed life does, with
+nothing made twice, nothing deleted twice and nothing orphaned. What is changed unheard, and what the
+host's commands do, the next `pulumi up` does again by itself.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from components.recovery import RecoveryError, recover
+from tests.engine.conftest import StackRehearsal
+from tests.engine.every_kind import EveryKind, kinds, state, world
+from tests.engine.test_edits import write_manifest
+from tests.engine.test_metal import Metal
+from tests.engine.test_tower import Tower
+from tests.engine.test_truenas import TrueNAS
+
+pytestmark = pytest.mark.engine
+
+LOST = "connection reset by peer"
+
+
+def go_through(
+    stack: StackRehearsal, verb: Literal["up", "destroy"], faults: Iterable[dict[str, Any]]
+) -> set[str]:
+    """Runs the verb, which loses answers, until it loses none, each time as documented. Returns
+    the steps that lost theirs, as `<method> <URN>`.
+    """
+    stack.set_faults([{"do": "fail", "when": "after", "message": LOST, **one} for one in faults])
+    directory = stack.directory / "faults"
+
+    def lost() -> set[str]:
+        files = directory.iterdir() if directory.exists() else ()
+        return {file.read_text().strip() for file in files}
+
+    first = before = lost()
+    while True:
+        run = getattr(stack, verb)("--continue-on-error", check=False)
+        new, before = lost() - before, lost()
+        if not run.code:
+            break
+        for step in new:
+            assert told(step, run.stdout), step
+        assert new, run.stdout
+        if all(step.startswith("Update ") or "command:local:Command" in step for step in new):
+            continue
+        said: list[str] = []
+        try:
+            recover(stack.engine(said), verb)
+            break
+        except RecoveryError:
+            new, before = lost() - before, lost()
+            if not new:
+                raise
+    stack.set_faults([])
+    return before - first
+
+
+def told(step: str, text: str) -> bool:
+    """Whether the run named the step and why it failed."""
+    _, _, name = step.rpartition("::")
+    return f"({name})" in text and LOST in text
+
+
+def assert_same(stack: StackRehearsal, undisturbed: StackRehearsal) -> None:
+    assert state(stack) == state(undisturbed)
+    assert world(stack) == world(undisturbed)
+
+
+@pytest.mark.parametrize(("make", "number"), [(EveryKind, 26), (TrueNAS, 0), (Tower, 0)])
+def test_what_was_made_unheard_is_found_and_nothing_is_made_twice(
+    make: Callable[[Path], StackRehearsal], number: int, tmp_path: Path
+) -> None:
+    undisturbed, stack = make(tmp_path / "undisturbed"), make(tmp_path / "stack")
+    undisturbed.up()
+    steps = [one["urn"] for one in kinds(undisturbed).values() if one.get("id")]
+    lost = go_through(stack, "up", [{"method": "Create", "urn": urn} for urn in steps])
+    assert lost == {f"Create {urn}" for urn in steps}
+    assert len(steps) == number
+    assert_same(stack, undisturbed)
+
+
+def change(stack: EveryKind) -> None:
+    """Changes one at least of each kind that is updated and not replaced."""
+    write_manifest(stack, "minio-creds", "rotated")
+    with stack.edited() as settings:
+        namespaces = settings.setdefault("namespaces", {})
+        namespaces["factory"] = {
+            **namespaces.get("factory", {}),
+            "podSecurity": {"warn": "baseline"},
+        }
+        factory = settings["tunnels"]["factory"]
+        factory["connector"]["replicas"] = 3
+        for route in factory["routes"]:
+            access = {"emails": ["another@example.org"], "sessionDuration": "1h"}
+            route.update(service="http://localhost:9000", access=access)
+
+
+def take_away(stack: EveryKind) -> None:
+    """Takes one at least of each kind away that a stack that lives may lose."""
+    with stack.edited() as settings:
+        factory, p510 = settings["tunnels"]["factory"], settings["tunnels"]["p510"]
+        factory["connector"] = p510["connector"] = {"kind": "external"}
+        p510["routes"].pop()
+        del settings["secrets"]["factory"]["minio-creds"]
+        del settings["argocd"]
+
+
+def test_what_was_changed_or_deleted_unheard_is_not_deleted_twice(tmp_path: Path) -> None:
+    undisturbed = EveryKind(tmp_path / "undisturbed")
+    undisturbed.up()
+    stack = undisturbed.copy(tmp_path / "stack")
+    lost = set[str]()
+    for edit, method in ((change, "Update"), (take_away, "Delete")):
+        for life in (undisturbed, stack):
+            edit(life)
+        undisturbed.up()
+        lost |= go_through(stack, "up", [{"method": method, "each": True}])
+        assert_same(stack, undisturbed)
+    print("\n".join(sorted(lost)))
+
+
+@pytest.mark.parametrize(("make", "number"), [(EveryKind, 0), (Metal, 12)])
+def test_a_destroy_that_hears_nothing_of_what_it_deleted_is_gone_through_with(
+    make: Callable[[Path], StackRehearsal], number: int, tmp_path: Path
+) -> None:
+    undisturbed = make(tmp_path / "undisturbed")
+    undisturbed.up()
+    undisturbed.confirm_destroy()
+    stack = undisturbed.copy(tmp_path / "stack")
+    undisturbed.destroy()
+    lost = go_through(stack, "destroy", [{"method": "Delete", "each": True}])
+    print("\n".join(sorted(lost)))
+    assert len(lost) == number
+    assert_same(stack, undisturbed)
