@@ -103,10 +103,6 @@ OTHERS: dict[str, Callable[[Host], None]] = {
     "systemctl start docker": start_docker,
     "docker restart cloudflared-p510": lambda host: host.machine.set("web.json", {}),
     f"{_PSQL}skillai_restored --command='\\dt+'": lambda _: None,
-    f"{_PSQL}postgres --command='alter database skillai rename to skillai_before'"
-    " --command='alter database skillai_restored rename to skillai'": lambda _: None,
-    "kubectl --namespace=factory scale deployment/skillai --replicas=0": lambda _: None,
-    "kubectl --namespace=factory scale deployment/skillai --replicas=1": lambda _: None,
     "kubectl --namespace=factory rollout restart deployment/cloudflared-factory": lambda _: None,
 }
 """What commands of others do on that host."""
