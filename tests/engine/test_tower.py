@@ -8,6 +8,7 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 import copy
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -408,6 +409,42 @@ def test_three_servers_join_one_after_another_and_clients_use_the_virtual_ip(thr
     for address in (MASTER, WORKER, SECOND):
         machine = three.machine(address)
         assert machine.exists("/var/lib/rancher/k3s/server/manifests/kube-vip.yaml")
+
+
+def test_status_tells_how_old_each_servers_newest_snapshot_of_etcd_is_with_k3s_stopped_too(three):
+    """And where it is, and that a bucket's were not seen."""
+    directory = "/var/lib/rancher/k3s/server/db/snapshots"
+
+    def take(address: str, hours: float, name: str = "etcd-snapshot") -> None:
+        machine = three.machine(address)
+        machine.make_directory(directory, 0o700)
+        path = f"{directory}/{name}-{address}-{int(time.time() - hours * 3600)}"
+        machine.write_atomic(path, b"{}", 0o600)
+
+    take(MASTER, 3)
+    take(MASTER, 15)
+    take(WORKER, 25)
+    take(WORKER, 1, "before-work")
+    take(SECOND, 1, "before-work")
+    for stopped in (False, True):
+        if stopped:
+            for address in (MASTER, WORKER, SECOND):
+                three.machine(address).run(["systemctl", "stop", "k3s.service"])
+        seen = status(three)
+        master, worker, second = (seen["backups", f"etcd of {node}"] for node in NODES)
+        assert {one["declared"] for one in (master, worker, second)} == {"0 */12 * * *"}
+        assert master["now"].startswith("2, newest 2")
+        assert master["now"].endswith(f" UTC, file://{directory}")
+        assert (master["verdict"], worker["verdict"]) == ("fine", "bad")
+        assert worker["now"].startswith("1, newest 2")
+        assert (second["now"], second["verdict"]) == ("none yet", "bad")
+        assert "k3s snapshot take" in second["remedy"]
+    s3 = {"endpoint": "10.89.97.20:9000", "bucket": "etcd", "accessKey": "a", "secretKey": "b"}
+    with three.edited() as cluster:
+        cluster["snapshots"] = {"schedule": "0 * * * *", "s3": s3}
+    seen = status(three)
+    assert seen["backups", "etcd of k3s-master"]["verdict"] == "bad"
+    assert ("backups", "etcd of k3s-master in etcd") in seen.of("unknown")
 
 
 def test_a_lost_server_of_three_stops_nothing_and_returns(three):
