@@ -7,6 +7,7 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 
 import copy
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -399,6 +400,27 @@ def test_a_new_token_is_rotated_and_every_node_has_it(tower):
         cluster["nodes"]["k3s-worker-3"] = {"role": "agent", "address": "10.89.97.204"}
     tower.up()
     assert "k3s-worker-3" in tower.members
+
+
+def test_a_lost_only_server_is_installed_on_its_restored_datastore_and_no_object_is_touched(
+    tower, tmp_path
+):
+    """docs/runbooks/server-lost.md, from its step 4 on."""
+    machine, before = tower.machine(MASTER), tower.outputs()["cluster"]
+    machine.run(["systemctl", "stop", "k3s.service"])
+    server = machine._file("/var/lib/rancher/k3s/server")
+    shutil.copytree(server, tmp_path / "copy", symlinks=True)
+    for path in ("/var/lib/rancher", "/var/lib/homelab", "/etc/rancher", "/etc/systemd/system"):
+        shutil.rmtree(machine._file(path))
+    machine.remove("/usr/local/bin/k3s")
+    machine.set("k3s.json", {})
+    shutil.copytree(tmp_path / "copy", server, symlinks=True)
+    preview = tower.preview()
+    assert all(" Command " in one for one in planned(preview)), planned(preview)
+    tower.up()
+    assert tower.outputs()["cluster"] == before
+    assert tower.members["k3s-master"]["running"]
+    assert planned(tower.preview()) == set()
 
 
 def test_three_servers_join_one_after_another_and_clients_use_the_virtual_ip(three):
