@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.recovery import RecoveryError, run_again
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
@@ -406,7 +407,16 @@ def test_a_lost_only_server_is_installed_on_its_restored_datastore_and_no_object
     tower, tmp_path
 ):
     """docs/runbooks/server-lost.md, from its step 4 on."""
-    machine, before = tower.machine(MASTER), tower.outputs()["cluster"]
+
+    def uids() -> dict[str, str]:
+        contents = {one: json.loads(one.read_text()) for one in tower.objects.rglob("*.json")}
+        return {
+            one.stem: content["metadata"]["uid"]
+            for one, content in contents.items()
+            if "uid" in (content.get("metadata") or {})
+        }
+
+    machine, before, there = tower.machine(MASTER), tower.outputs()["cluster"], uids()
     machine.run(["systemctl", "stop", "k3s.service"])
     server = machine._file("/var/lib/rancher/k3s/server")
     shutil.copytree(server, tmp_path / "copy", symlinks=True)
@@ -415,12 +425,20 @@ def test_a_lost_only_server_is_installed_on_its_restored_datastore_and_no_object
     machine.remove("/usr/local/bin/k3s")
     machine.set("k3s.json", {})
     shutil.copytree(tmp_path / "copy", server, symlinks=True)
-    preview = tower.preview()
-    assert all(" Command " in one for one in planned(preview)), planned(preview)
-    tower.up()
-    assert tower.outputs()["cluster"] == before
-    assert tower.members["k3s-master"]["running"]
+    # The state knows it as done, so up alone does nothing.
     assert planned(tower.preview()) == set()
+    said: list[str] = []
+    run_again(tower.engine(said), MASTER)
+    assert "runs again: Command hostctl" in said
+    assert "runs again: Command k3s-worker-1" not in said
+    assert tower.members["k3s-master"]["running"]
+    assert planned(tower.up()) == set()
+    assert uids() == there != {}
+    assert tower.outputs()["cluster"] == before
+    assert all(one["running"] for one in tower.members.values())
+    assert planned(tower.preview()) == set()
+    with pytest.raises(RecoveryError, match=r"nothing that was done on 10\.89\.97\.20\b"):
+        run_again(tower.engine(said), "10.89.97.20")
 
 
 def test_three_servers_join_one_after_another_and_clients_use_the_virtual_ip(three):
