@@ -26,7 +26,7 @@ setup: ## install what is missing: uv, Pulumi, the Python packages
 	@$(setup)
 
 recover: ## go on after a run that died, from the lock it left: make recover STACK=p510
-	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) recover $(STACK) $(if $(DESTROY),--destroy)
+	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) recover $(STACK) $(if $(DESTROY),--destroy) $(if $(LOST),--lost $(LOST))
 
 adopt: ## what exists and the state does not know; take it over: make adopt STACK=p510 TAKE=1
 	@$(setup) -- .venv/bin/python -m components.recovery $(if $(UNLOCK),--unlock) adopt $(STACK) $(if $(TAKE),--take)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -152,8 +154,8 @@ def backup_list(machine: Machine, spec: dict[str, Any]) -> Result:
 
 def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
     """Scales back what a backup had scaled to 0 when it was cut off, to the number it had before,
-    and drops the scratch databases of a verification that was. Runs before every backup and after
-    the cluster's start at boot."""
+    drops the scratch databases of a verification that was, and ends a restore's renaming of
+    databases. Runs before every backup and after the cluster's start at boot."""
     name = checked(spec, NAME_SPEC, "backup recover")["name"]
     recovered = []
     with cluster_lock(machine, name):
@@ -162,9 +164,16 @@ def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
             cluster = running_cluster(machine, name, "scaling back workloads of")
             _scale_back(machine, cluster, scaled)
             recovered.append(f"{scaled['namespace']}/{scaled['workload']}")
-    if read_record(machine, name).get("scratch"):
+    record = read_record(machine, name)
+    if record.get("scratch") or record.get("renaming"):
         with machine.lock(f"backup-{name}"):
             recovered += drop_leftovers(machine, name)
+            try:
+                renamed = finish_rename(machine, name)
+                recovered += [f"{renamed['namespace']}/{renamed['database']}"] if renamed else []
+            except Failure as failure:
+                # No reason to have no backup until then.
+                say(f"{failure.step}: {failure.cause}")
     return {"recovered": recovered}
 
 
@@ -569,7 +578,8 @@ def _dump_database(machine: Machine, cluster: Cluster, item: Mapping[str, Any], 
     """pg_dump and pg_restore of the pod itself: always those of the server's version, over its
     local socket, with no password anywhere."""
     step = f"backing up database {item['namespace']}/{item['database']}"
-    size = _measure(machine, cluster, item, step)
+    first = os.path.basename(part).partition(".dump")[0]
+    size = _measure(machine, cluster, item, first, step)
     require_room(machine, part, size, step)
 
     def tick(waited: float) -> None:
@@ -584,23 +594,24 @@ def _dump_database(machine: Machine, cluster: Cluster, item: Mapping[str, Any], 
     in_pod(machine, cluster, item, restore, verify, from_file=part, **options)
 
 
-def _measure(machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str) -> int:
+def _measure(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], first: str, step: str
+) -> int:
     """The size of the database. Refuses one whose counters of written rows have not moved for too
-    long; what they were is kept in the cluster's record."""
+    long; what they were, and the first backup that holds that, is kept in the cluster's record."""
     query = (
-        "select pg_database_size(datname), "
-        "concat_ws('/', datid, stats_reset, tup_inserted, tup_updated, tup_deleted) "
+        f"select pg_database_size(datname), {_WRITTEN} "
         "from pg_stat_database where datname = current_database()"
     )
-    options = ["--no-psqlrc", "--tuples-only", "--no-align", *_login(item), f"--command={query}"]
-    ran = in_pod(machine, cluster, item, ["psql", *options], step)
-    size, bar, mark = ran.text.strip().partition("|")
+    text = _psql(machine, cluster, item, item["database"], [query], step)
+    size, bar, mark = text.strip().partition("|")
     if not bar or not size.isdigit():
-        raise Failure("failed", step, f"psql printed {ran.text[:80]!r}", "run psql by hand")
+        raise Failure("failed", step, f"psql printed {text[:80]!r}", "run psql by hand")
     written = read_record(machine, cluster.name).get("written") or {}
     if (written.get(item["name"]) or {}).get("mark") != mark:
-        written = {**written, item["name"]: {"mark": mark, "since": machine.now()}}
-        write_record(machine, cluster.name, written=written)
+        one = {"mark": mark, "since": machine.now(), "first": first}
+        write_record(machine, cluster.name, written={**written, item["name"]: one})
+        written = {item["name"]: one}
     _refuse_stale(machine, item, written[item["name"]]["since"], step)
     return int(size)
 
@@ -645,6 +656,213 @@ def drop_leftovers(machine: Machine, name: str) -> list[str]:
     return dropped
 
 
+# The rows that PostgreSQL counted as written in a database, its own catalogs' too; the same text
+# whatever the time zone of who asks.
+_WRITTEN = (
+    "concat_ws('/', datid, extract(epoch from stats_reset), tup_inserted, tup_updated, tup_deleted)"
+)
+_LOOK = f"""select json_build_object(
+    'superuser', (select rolsuper from pg_roles where rolname = current_user),
+    'databases', coalesce(json_object_agg(datname, json_build_object(
+        'oid', oid::bigint,
+        'written', (select {_WRITTEN} from pg_stat_database where datid = oid),
+        'encoding', pg_encoding_to_char(encoding),
+        'collate', datcollate,
+        'ctype', datctype,
+        'provider', coalesce(to_jsonb(d)->>'datlocprovider', 'c'),
+        'locale', coalesce(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale')
+    )), '{{}}'))
+from pg_database d where datname in (%s)"""
+_END_CONNECTIONS = """do $$ begin
+    for n in 1..300 loop
+        perform pg_stat_clear_snapshot();
+        perform pg_terminate_backend(pid) from pg_stat_activity where datname in (%(names)s);
+        exit when not found;
+        perform pg_sleep(0.1);
+    end loop;
+end $$"""
+# What belongs to the database itself and is in no dump of its content. Values of the settings that
+# are lists of names are text of SQL already, which pg_dump's own code treats apart, too.
+_TAKE_NAME = """do $$
+declare
+    was pg_database;
+    owner text;
+    one record;
+    what text;
+begin
+    select * into was from pg_database where datname = '%(database)s';
+    if found then
+        owner := pg_get_userbyid(was.datdba);
+        execute format('alter database %%I owner to %%I', '%(restored)s', owner);
+        execute format('alter database %%I connection limit %%s', '%(restored)s', was.datconnlimit);
+        if was.datacl is not null then
+            execute format('revoke all on database %%I from public, %%I', '%(restored)s', owner);
+        end if;
+        for one in select * from aclexplode(was.datacl) loop
+            execute format(
+                'grant %%s on database %%I to %%s%%s', one.privilege_type, '%(restored)s',
+                case one.grantee when 0 then 'public'
+                    else quote_ident(pg_get_userbyid(one.grantee)) end,
+                case when one.is_grantable then ' with grant option' else '' end);
+        end loop;
+        for one in
+            select setrole, split_part(pair, '=', 1) as name,
+                substr(pair, strpos(pair, '=') + 1) as value
+            from pg_db_role_setting, unnest(setconfig) pair where setdatabase = was.oid
+        loop
+            what := case one.setrole when 0 then format('alter database %%I', '%(restored)s')
+                else format('alter role %%I in database %%I', pg_get_userbyid(one.setrole),
+                    '%(restored)s') end;
+            if one.name in ('search_path', 'temp_tablespaces', 'local_preload_libraries',
+                'session_preload_libraries') then
+                perform set_config(one.name, one.value, true);
+                execute format('%%s set %%I from current', what, one.name);
+            else
+                execute format('%%s set %%I to %%L', what, one.name, one.value);
+            end if;
+        end loop;
+        execute format('alter database %%I rename to %%I', '%(database)s', '%(before)s');
+        execute format('alter database %%I allow_connections true', '%(before)s');
+    end if;
+    execute format('alter database %%I rename to %%I', '%(restored)s', '%(database)s');
+    execute format('alter database %%I allow_connections true', '%(database)s');
+    if was.oid is not null then
+        execute format('comment on database %%I is %%L', '%(database)s',
+            shobj_description(was.oid, 'pg_database'));
+    end if;
+end $$"""
+
+
+def look_at_databases(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], names: Sequence[str], step: str
+) -> dict[str, Any]:
+    """`databases`: what PostgreSQL knows of each that is there; `superuser`: whether the item's
+    role is one."""
+    query = _LOOK % ", ".join(f"'{name}'" for name in names)
+    return json.loads(_psql(machine, cluster, item, _elsewhere(item), [query], step))
+
+
+def take_name(machine: Machine, name: str, renaming: Mapping[str, Any], step: str) -> None:
+    """Lets a restored database take the name of the one that it was made from, which is kept under
+    another. PostgreSQL renames none that somebody is connected to: connections are refused and
+    ended first; then both are renamed in one transaction.
+
+    What was begun is in the record, so that `finish_rename` ends it after a kill. The caller holds
+    the lock of backups."""
+    with cluster_lock(machine, name):
+        write_record(machine, name, renaming=dict(renaming))
+    cluster = running_cluster(machine, name, f"{step} of")
+    names = [renaming[key] for key in ("database", "restored")]
+    there = look_at_databases(machine, cluster, renaming, names, step)["databases"]
+    try:
+        # By its number, which no other has: a name may be given to another.
+        if (there.get(renaming["restored"]) or {}).get("oid") == renaming["oid"]:
+            _rename(machine, cluster, renaming, there, step)
+    except BaseException:
+        _connections(machine, cluster, renaming, there, "true", step)
+        with cluster_lock(machine, name):
+            write_record(machine, name, renaming=None)
+        raise
+    before = renaming["before"]
+    if look_at_databases(machine, cluster, renaming, [before], step)["databases"]:
+        words = _exec(renaming, ["dropdb", f"--username={renaming['user']}", before])
+        say(f"what was in {renaming['database']} is kept in database {before}; once it is of no "
+            f"use: kubectl {' '.join(words)}")  # fmt: skip
+    with cluster_lock(machine, name):
+        known = read_record(machine, name).get("restored") or {}
+        left = {item: one for item, one in known.items() if one["oid"] != renaming["oid"]}
+        write_record(machine, name, renaming=None, restored=left)
+
+
+def _rename(
+    machine: Machine,
+    cluster: Cluster,
+    renaming: Mapping[str, Any],
+    there: Mapping[str, Any],
+    step: str,
+) -> None:
+    _connections(machine, cluster, renaming, there, "false", step)
+    end = _END_CONNECTIONS % {"names": ", ".join(f"'{one}'" for one in there)}
+    _psql(machine, cluster, renaming, _elsewhere(renaming), [end], step)
+    # Who was connected has now told what it wrote.
+    now = look_at_databases(machine, cluster, renaming, list(there), step)["databases"]
+    refuse_written(machine, cluster.name, renaming, now, step)
+    _psql(machine, cluster, renaming, _elsewhere(renaming), [_TAKE_NAME % renaming], step)
+
+
+def finish_rename(machine: Machine, name: str) -> dict[str, Any] | None:
+    """Ends what a restore had begun that was killed while it gave a database its name, and returns
+    what that was. The caller holds the lock of backups."""
+    renaming = read_record(machine, name).get("renaming")
+    if renaming:
+        step = f"giving {renaming['restored']} the name {renaming['database']}"
+        take_name(machine, name, renaming, step)
+    return renaming
+
+
+def refuse_written(
+    machine: Machine,
+    name: str,
+    renaming: Mapping[str, Any],
+    there: Mapping[str, Any],
+    step: str,
+) -> None:
+    """Refuses to replace a database that somebody wrote to after the backup, or of which that
+    cannot be told, unless that is confirmed."""
+    now = there.get(renaming["database"])
+    if now is None or renaming["confirmed"]:
+        return
+    last = (read_record(machine, name).get("written") or {}).get(renaming["item"]) or {}
+    same = last.get("mark") == now["written"] and "first" in last
+    if same and renaming["taken"] >= last["first"]:
+        return
+    known = "first" in last
+    cause = (
+        f"{renaming['database']} was written to after the backup of {renaming['taken']}: its "
+        "counters of rows are no longer those of then"
+        if known
+        else f"whether {renaming['database']} was written to after the backup of "
+        f"{renaming['taken']} cannot be told: this host's record has no counters of rows of then"
+    )
+    remedy = (
+        f"to put the older one in its place: --in-place --confirm {name}; what is there now is "
+        "kept beside it, under another name"
+    )
+    raise Failure("refused", step, cause, remedy)
+
+
+def _connections(
+    machine: Machine,
+    cluster: Cluster,
+    item: Mapping[str, Any],
+    there: Mapping[str, Any],
+    allow: str,
+    step: str,
+) -> None:
+    alter = [f'alter database "{one}" allow_connections {allow}' for one in there]
+    _psql(machine, cluster, item, _elsewhere(item), alter, step)
+
+
+def _elsewhere(item: Mapping[str, Any]) -> str:
+    """The database to be connected to while the item's is renamed, as dropdb chooses it."""
+    return "template1" if item["database"] == "postgres" else "postgres"
+
+
+def _psql(
+    machine: Machine,
+    cluster: Cluster,
+    item: Mapping[str, Any],
+    database: str,
+    statements: Sequence[str],
+    step: str,
+) -> str:
+    """Runs statements, each in a transaction of its own, and returns what the last one shows."""
+    options = ["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
+    login = ["--no-password", f"--username={item['user']}", f"--dbname={database}"]
+    commands = [f"--command={one}" for one in statements]
+    return in_pod(machine, cluster, item, ["psql", *options, *login, *commands], step).text
+
+
 def drop_scratch(machine: Machine, cluster: Cluster, scratch: Mapping[str, Any], step: str) -> None:
     drop_database(machine, cluster, scratch, scratch["database"], step)
     with cluster_lock(machine, cluster.name):
@@ -668,7 +886,11 @@ def in_pod(
     step: str,
     **options: Any,
 ) -> Ran:
-    container = [f"--container={item['container']}"] if item["container"] else []
     attach = ["--stdin"] if "from_file" in options else []
-    arguments = ["exec", *attach, item["workload"], f"--namespace={item['namespace']}", *container]
-    return kubectl_in_node(machine, cluster, [*arguments, "--", *argv], step, **options)
+    return kubectl_in_node(machine, cluster, _exec(item, argv, attach), step, **options)
+
+
+def _exec(item: Mapping[str, Any], argv: Sequence[str], options: Sequence[str] = ()) -> list[str]:
+    container = [f"--container={item['container']}"] if item["container"] else []
+    where = [item["workload"], f"--namespace={item['namespace']}", *container]
+    return ["exec", *options, *where, "--", *argv]

@@ -585,6 +585,9 @@ def _parser(verbs: Iterable[tuple[str, ...]]) -> argparse.ArgumentParser:
             one.add_argument("--target", metavar="TARGET", help="where from; else beside the data")
             one.add_argument("--snapshot", metavar="ID", help="which; else the newest")
             one.add_argument("--into", metavar="DIRECTORY", help="not to its place, but there")
+            one.add_argument(
+                "--in-place", action="store_true", help="a database: under its own name, too"
+            )
         if words in _CONFIRMED:
             one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
         if words == ("clean",):
@@ -600,7 +603,7 @@ def _spec(
     machine: Machine, verb: Verb, options: argparse.Namespace, stdin: TextIO
 ) -> dict[str, Any]:
     name = getattr(options, "name", None)
-    own = ("confirm", "dry_run", "item", "target", "snapshot", "into")
+    own = ("confirm", "dry_run", "item", "target", "snapshot", "into", "in_place")
     flags = {key: getattr(options, key, None) for key in own}
     flags = {key: value for key, value in flags.items() if value}
     step = f"reading the spec of {' '.join(options.words)}"

@@ -117,13 +117,31 @@ def k3s_snapshot_take(machine: Machine, spec: dict[str, Any]) -> Result:
 
 
 def k3s_snapshot_list(machine: Machine, spec: dict[str, Any]) -> Result:
-    """The snapshots of a cluster's etcd, oldest first: name, location, bytes, created."""
+    """The snapshots of a cluster's etcd, oldest first: name, location, bytes, created. Those in a
+    directory with k3s stopped, too, which then cannot tell of them itself."""
     wanted = checked(spec, _SNAPSHOT_SPEC, "k3s snapshot list")
     step = f"listing the snapshots of {wanted['cluster']}"
     _refuse_without_etcd(k3s_server(machine, wanted["cluster"], step), step)
     options, secrets = _where(machine, wanted["target"], step)
-    listed = _listed(machine, options, secrets, step)
+    try:
+        listed = _listed(machine, options, secrets, step)
+    except Failure as failure:
+        if "s3" in (wanted["target"] or {}):
+            raise
+        say(f"{step}: {failure.cause}")
+        listed = _on_disk(machine, options[0].partition("=")[2])
     return {"snapshots": sorted(listed, key=lambda one: one["created"])}
+
+
+def _on_disk(machine: Machine, directory: str) -> list[dict[str, Any]]:
+    found = []
+    for name in machine.names(directory):
+        path = f"{directory}/{name}"
+        seen = machine.stat(path)
+        if seen and seen.kind == "file":
+            one = {"name": name, "location": f"file://{path}", "bytes": machine.file_bytes(path)}
+            found.append({**one, "created": _created(machine, name, path)})
+    return found
 
 
 def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:

@@ -13,12 +13,16 @@ from hostctl.backups import (
     claim_directory,
     drop_database,
     drop_leftovers,
+    finish_rename,
     in_pod,
     kubectl_in_node,
+    look_at_databases,
+    refuse_written,
     require_room,
     running_cluster,
     scaled_down,
     scratch_database,
+    take_name,
     whole_backups,
 )
 from hostctl.cluster import Cluster, parse_json
@@ -33,6 +37,7 @@ from hostctl.spec import (
     Items,
     Value,
     absolute_path,
+    boolean,
     checked,
     or_null,
     text_matching,
@@ -54,6 +59,7 @@ RESTORE_SPEC: dict[str, Any] = {
         or_null(text_matching(r"[0-9a-f]{8,64}|\d{8}T\d{6}\.\d{6}Z", "what a list shows")), None
     ),
     "into": Value(or_null(absolute_path), None),
+    "in_place": Value(boolean, False),
     "confirm": Value(or_null(CLUSTER_NAME), None),
 }
 
@@ -139,7 +145,8 @@ def _verify(
         if item["kind"] == "postgres":
             cluster = running_cluster(machine, name, f"verifying {item['name']} of")
             with scratch_database(machine, cluster, item, step) as database:
-                _restore_database(machine, cluster, item, database, path, step)
+                _create_database(machine, cluster, item, database, step)
+                _fill_database(machine, cluster, item, database, path, step)
         else:
             _unpack(machine, path, f"{directory}/tree", step)
             if item["kind"] == "datastore":
@@ -167,7 +174,9 @@ def backup_restore(machine: Machine, spec: dict[str, Any]) -> Result:
     A volume or directory is unpacked beside its place, compared, and swapped in while its workload
     rests; what was there is kept beside it. Files written later than the backup's newest are
     refused unless the cluster's name confirms it. A database is restored beside the one that is
-    there, as DATABASE_restored; the datastore only `into` a directory, as everything else may be.
+    there, as DATABASE_restored, and with `in_place` takes its name, while what was there is kept as
+    DATABASE_before_TIME; the same is refused where that was written to after the backup, or nobody
+    knows. The datastore is restored only `into` a directory, as everything else may be.
     """
     wanted = checked(spec, RESTORE_SPEC, "backup restore")
     name, confirmed = wanted["cluster"], wanted["confirm"] == wanted["cluster"]
@@ -176,15 +185,18 @@ def backup_restore(machine: Machine, spec: dict[str, Any]) -> Result:
     started = machine.now()
     with machine.lock(f"backup-{name}"):
         finish_swap(machine, name)
+        ended = finish_rename(machine, name)
+        if ended and ended["item"] == item["name"]:
+            # All that this run was to do.
+            return {key: ended[key] for key in ("restored", "from", "taken")} | {
+                "restored": ended["database"],
+                "seconds": round(machine.now() - started, 1),
+            }
+        if wanted["into"] is None and item["kind"] == "postgres":
+            return _restore_postgres(machine, name, item, wanted, started, step)
         path, taken, done = _backup_of(machine, name, wanted, step)
         if wanted["into"]:
             to = _restore_into(machine, item, path, wanted["into"], step)
-        elif item["kind"] == "postgres":
-            to = _beside(item, wanted["items"], step)
-            cluster = running_cluster(machine, name, f"restoring {item['name']} of")
-            if confirmed:
-                drop_database(machine, cluster, item, to, step)
-            _restore_database(machine, cluster, item, to, path, step)
         elif item["kind"] == "datastore":
             remedy = "name an empty directory with --into; docs/host.md has the rest"
             raise Failure("refused", step, "a running server's datastore is not replaced", remedy)
@@ -378,18 +390,116 @@ def _beside(item: Mapping[str, Any], items: Any, step: str) -> str:
     return to
 
 
-def _restore_database(
+def _restore_postgres(
+    machine: Machine,
+    name: str,
+    item: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    started: float,
+    step: str,
+) -> Result:
+    """Restores a database beside the one that is there, and lets it take its name if that is
+    wanted: also one that an earlier run restored, and that somebody has looked at since."""
+    confirmed = wanted["confirm"] == name
+    to = _beside(item, wanted["items"], step)
+    cluster = running_cluster(machine, name, f"restoring {item['name']} of")
+    made = _made(machine, cluster, item, to, step)
+    if not (wanted["in_place"] and made and made["whole"] and _is_wanted(made, wanted)):
+        path, taken, done = _backup_of(machine, name, wanted, step)
+        if confirmed or (made and not made["whole"]):
+            drop_database(machine, cluster, item, to, step)
+        _create_database(machine, cluster, item, to, step)
+        seen = look_at_databases(machine, cluster, item, [to], step)["databases"][to]
+        made = {key: wanted[key] for key in ("target", "snapshot")}
+        made |= {"oid": seen["oid"], "from": path, "taken": taken}
+        _note(machine, name, item, {**made, "whole": False})
+        _fill_database(machine, cluster, item, to, path, step)
+        made["whole"] = True
+        _note(machine, name, item, made)
+        if done:
+            _remove_tree(machine, done, step)
+    if wanted["in_place"]:
+        to = _put_in_place(machine, cluster, item, to, made, confirmed, step)
+    seconds = round(machine.now() - started, 1)
+    return {"restored": to, "from": made["from"], "taken": made["taken"], "seconds": seconds}
+
+
+def _made(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], to: str, step: str
+) -> dict[str, Any] | None:
+    """What is recorded of the database that an earlier run restored, if it is there."""
+    made = (read_record(machine, cluster.name).get("restored") or {}).get(item["name"])
+    there = look_at_databases(machine, cluster, item, [to], step)["databases"]
+    # By its number, which no other has: the name may be another's by now.
+    return made if made and to in there and there[to]["oid"] == made["oid"] else None
+
+
+def _note(machine: Machine, name: str, item: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    with cluster_lock(machine, name):
+        known = read_record(machine, name).get("restored") or {}
+        write_record(machine, name, restored={**known, item["name"]: made})
+
+
+def _is_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether it is of the backup that is asked for. Who names none means the one that is there,
+    not one that was taken since."""
+    named = (made["snapshot"], _time_of(made["from"]))
+    return wanted["target"] in (None, made["target"]) and wanted["snapshot"] in (None, *named)
+
+
+def _time_of(path: str) -> str:
+    """A backup's time, which is its name: at a target, too."""
+    return path.rpartition("/")[2].partition(".dump")[0]
+
+
+def _put_in_place(
     machine: Machine,
     cluster: Cluster,
     item: Mapping[str, Any],
-    database: str,
-    path: str,
+    restored: str,
+    made: Mapping[str, Any],
+    confirmed: bool,
     step: str,
+) -> str:
+    database = item["database"]
+    there = look_at_databases(machine, cluster, item, [database, restored], step)["databases"]
+    stamp = time_stamp(machine)
+    renaming = {key: item[key] for key in ("namespace", "workload", "container", "user")} | {
+        "item": item["name"],
+        "database": database,
+        "restored": restored,
+        # At most 63 bytes, and as psql has it without quotes.
+        "before": f"{database[:39]}_before_{stamp[:8]}_{stamp[9:15]}",
+        "oid": made["oid"],
+        "from": made["from"],
+        "taken": _time_of(made["from"]),
+        "confirmed": confirmed,
+    }
+    refuse_written(machine, cluster.name, renaming, there, step)
+    kinds = ("encoding", "collate", "ctype", "provider", "locale")
+    ours = {one: [there[one][kind] for kind in kinds] for one in there}
+    if database in ours and ours[database] != ours[restored]:
+        cause = f"{database} is of {ours[database]}, {restored} of {ours[restored]}"
+        remedy = "make one alike by hand, and restore into it (docs/host.md)"
+        raise Failure("refused", step, f"encoding or collation: {cause}", remedy)
+    take_name(machine, cluster.name, renaming, step)
+    return database
+
+
+def _create_database(
+    machine: Machine, cluster: Cluster, item: Mapping[str, Any], database: str, step: str
 ) -> None:
-    """Into a database that is not there yet, made by the item's role."""
+    """Makes one that is not there yet, by the item's role, and like the original if that is there:
+    a dump's content sorts otherwise in another collation."""
     user = [f"--username={item['user']}", "--no-password"]
+    there = look_at_databases(machine, cluster, item, [item["database"]], step)["databases"]
+    alike = []
+    for one in there.values():
+        options = {"encoding": "encoding", "lc-collate": "collate", "lc-ctype": "ctype"}
+        alike = [f"--{option}={one[key]}" for option, key in options.items()]
+    create = ["createdb", *user, "--template=template0", *alike, database]
     try:
-        in_pod(machine, cluster, item, ["createdb", *user, "--template=template0", database], step)
+        in_pod(machine, cluster, item, create, step)
     except Failure as failure:
         if failure.code != "failed":
             raise
@@ -398,5 +508,19 @@ def _restore_database(
             f"there goes with --confirm {cluster.name}"
         )
         raise Failure("failed", step, failure.cause, remedy) from None
-    restore = ["pg_restore", "--exit-on-error", "--no-owner", *user, f"--dbname={database}"]
+
+
+def _fill_database(
+    machine: Machine,
+    cluster: Cluster,
+    item: Mapping[str, Any],
+    database: str,
+    path: str,
+    step: str,
+) -> None:
+    # Only a superuser may give an object to another role; else all is the item's role's.
+    superuser = look_at_databases(machine, cluster, item, [database], step)["superuser"]
+    options = [f"--username={item['user']}", "--no-password", f"--dbname={database}"]
+    options += [] if superuser else ["--no-owner"]
+    restore = ["pg_restore", "--exit-on-error", *options]
     in_pod(machine, cluster, item, restore, step, from_file=path, timeout=24 * 3600.0)

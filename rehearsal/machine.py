@@ -916,7 +916,7 @@ class RehearsalMachine(Machine):
             kind, _, name = workload.partition("/")
             return _failed(f'Error from server (NotFound): {kind}s.apps "{name}" not found')
         values = ["--username", "--dbname", "--command", "--format", "--file", "--template"]
-        values.append("--set")
+        values += ["--set", "--encoding", "--lc-collate", "--lc-ctype"]
         flags = ["--quiet", "--no-password", "--no-psqlrc", "--tuples-only", "--no-align"]
         flags += ["--if-exists", "--force", "--exit-on-error", "--no-owner"]
         given, operands = _options(argv[1:], flags, values)
@@ -946,15 +946,64 @@ class RehearsalMachine(Machine):
                 return _failed(f'ERROR:  role "{role}" does not exist')
             self.set("roles.json", {**roles, key: {**roles[key], role: verifier}})
             return _done()
+        for database in pod.values():
+            database.setdefault("oid", 1 + max(one.get("oid", 16384) for one in pod.values()))
+        self.set("databases.json", databases)
+        if argv[0] == "psql" and given["--dbname"] in ("postgres", "template1"):
+            return self._psql(argv, pod, databases)
         database = pod.get(given["--dbname"])
         if database is None:
             return _failed(f'FATAL:  database "{given["--dbname"]}" does not exist')
+        if database.get("closed"):
+            return _failed(
+                f'FATAL:  database "{given["--dbname"]}" is not currently accepting connections'
+            )
         if argv[0] == "psql":
-            return _done(f"{len(database['content'])}|{database['rows']}\n")
+            size = len(database["content"])
+            return _done(f"{size}|{database['oid']}/{database['rows']}\n")
         if argv[0] == "pg_dump" and given["--format"] == "custom":
             end = "" if database.get("cut_off") else " END"
             return _done(f"PGDMP {database['content']}{end}")
         raise _Usage(f"kubectl exec of {argv[0]}")
+
+    def _psql(self, argv: Sequence[str], pod: Object, databases: Object) -> Ran:
+        """What a restore asks and does from another database, by the words of hostctl's own SQL:
+        this is no PostgreSQL. tests/cluster/test_postgres.py has a real one."""
+        shown = ""
+        for sql in (word.partition("=")[2] for word in argv if word.startswith("--command=")):
+            altered = re.fullmatch('alter database "(.+)" allow_connections (true|false)', sql)
+            renamed = re.findall(
+                r"alter database %I rename to %I', '([\w.-]+)', '([\w.-]+)'\);", sql
+            )
+            if altered and altered[1] in pod:
+                pod[altered[1]]["closed"] = altered[2] == "false"
+            elif sql.startswith("select json_build_object("):
+                names = re.findall("'([^']+)'", sql.rpartition("where datname in ")[2])
+                like = dict(encoding="UTF8", collate="C.UTF-8", ctype="C.UTF-8", provider="c")
+                found = {
+                    name: {"oid": one["oid"], "written": f"{one['oid']}/{one['rows']}", **like}
+                    | {"locale": None}
+                    for name, one in pod.items()
+                    if name in names
+                }
+                shown += json.dumps({"superuser": True, "databases": found}) + "\n"
+            elif "pg_terminate_backend(pid)" in sql:
+                for one in pod.values():
+                    one["rows"] = one.pop("writing", one["rows"])
+            elif len(renamed) == 2:
+                (first, aside), (second, name) = renamed
+                open_ = [one for one in {first, second} & set(pod) if not pod[one].get("closed")]
+                if first in pod and aside in pod:
+                    return _failed(f'ERROR:  database "{aside}" already exists')
+                if open_ or second not in pod:
+                    return _failed(f'ERROR:  database "{second}" is being accessed by other users')
+                if first in pod:
+                    pod[aside] = {**pod.pop(first), "closed": False}
+                pod[name] = {**pod.pop(second), "closed": False}
+            else:
+                raise _Usage(f"psql of {sql}")
+        self.set("databases.json", databases)
+        return _done(shown)
 
     def _docker_top(self, words: list[str]) -> Ran:
         container, *options = words

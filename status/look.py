@@ -5,6 +5,7 @@ state that cannot be read are told as that, and all else is looked at all the sa
 """
 
 import json
+import operator
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -469,6 +470,80 @@ def _backups(stack: settings.Settings, answer: Answer) -> Rows:
         yield Row("backups", name, schedule, now, "bad" if late else "fine", remedy)
 
 
+def _snapshots_of(cluster: settings.K3sCluster) -> dict[str, Any]:
+    directory = cluster.snapshots.directory if cluster.snapshots else None
+    target = {"directory": directory} if directory else None
+    return {"cluster": cluster.name, "target": target}
+
+
+def _snapshots(cluster: settings.K3sCluster, node: str, answer: Answer) -> Rows:
+    """The snapshots of etcd that a server keeps. k3s names those that it takes on the schedule
+    etcd-snapshot-NODE-SECONDS; one by hand is none of them.
+    """
+    declared = cluster.snapshots or settings.Snapshots()
+    what, schedule = f"etcd of {node}", declared.schedule
+    if not answer["ok"]:
+        yield _refused("backups", what, answer)
+        return
+    ours = [one for one in answer["snapshots"] if one["name"].startswith("etcd-snapshot-")]
+    places = {
+        "disk": [one for one in ours if not one["location"].startswith("s3:")],
+        "s3": [one for one in ours if one["location"].startswith("s3:")],
+    }
+    remedy = f"on {node}: journalctl --unit k3s --grep snapshot; by hand hostctl k3s snapshot take"
+    yield _newest(what, schedule, places["disk"], remedy)
+    if declared.s3 and not places["s3"]:
+        # The bucket's keys are not read here; k3s, which has them, told of none.
+        now = "not seen: k3s on the server lists none there, or is stopped"
+        remedy = "hostctl k3s snapshot list with the bucket as target (docs/tower.md)"
+        yield Row("backups", f"{what} in {declared.s3.bucket}", schedule, now, "unknown", remedy)
+    elif declared.s3:
+        yield _newest(f"{what} in {declared.s3.bucket}", schedule, places["s3"], remedy)
+
+
+def _newest(what: str, schedule: str, taken: Sequence[Answer], remedy: str) -> Row:
+    if not taken:
+        return Row("backups", what, schedule, "none yet", "bad", remedy)
+    newest = max(taken, key=lambda one: one["created"])
+    when = datetime.fromisoformat(newest["created"].replace("Z", "+00:00"))
+    late = datetime.now(timezone.utc) - when > 2 * _longest_gap(schedule)
+    now = f"{len(taken)}, newest {when:%Y-%m-%d %H:%M} UTC, {newest['location'].rpartition('/')[0]}"
+    return Row("backups", what, schedule, now, "bad" if late else "fine", remedy)
+
+
+def _longest_gap(cron: str) -> timedelta:
+    """The longest time between two runs of a schedule of cron, as of any four years."""
+    minute, hour, day, month, weekday = cron.split()
+    times = [
+        timedelta(hours=one, minutes=other)
+        for one in sorted(_values(hour, 0, 23))
+        for other in sorted(_values(minute, 0, 59))
+    ]
+    days, months = _values(day, 1, 31), _values(month, 1, 12)
+    weekdays = {one % 7 for one in _values(weekday, 0, 6)}
+    # crontab(5): where both are given, one of them is enough.
+    either = day[0] != "*" != weekday[0]
+    dates = []
+    for one in (datetime(2024, 1, 1) + timedelta(days=n) for n in range(4 * 365 + 1)):
+        fits = (one.day in days, one.isoweekday() % 7 in weekdays)
+        if one.month in months and (any(fits) if either else all(fits)):
+            dates.append(one)
+    gaps = [*map(operator.sub, times[1:], times)]
+    gaps += [gap - times[-1] + times[0] for gap in map(operator.sub, dates[1:], dates)]
+    return max(gaps) if len(dates) > 1 else timedelta(days=4 * 365)
+
+
+def _values(field: str, least: int, most: int) -> set[int]:
+    """The numbers that a field of cron names."""
+    found: set[int] = set()
+    for part in field.split(","):
+        span, _, step = part.partition("/")
+        first, _, last = (f"{least}-{most}" if span == "*" else span).partition("-")
+        last = last or (str(most) if step else first)
+        found.update(range(int(first), int(last) + 1, max(1, int(step or 1))))
+    return found
+
+
 def _secrets(declared: Mapping[str, Sequence[str]], answer: Answer) -> Rows:
     if not answer["ok"]:
         yield _refused("secrets", "all", answer)
@@ -516,9 +591,12 @@ def _k3s(
     for name, way in connections_of(cluster, host, connection).items():
         spec = {**node_spec(cluster, name), "tokenDigest": _NO_DIGEST}
         look = {"cluster": cluster.name, "directories": [_K3S_DATA]}
+        # Snapshots are no finding of the doctor's.
+        takes = not more and cluster.datastore == "etcd" and cluster.nodes[name].role == "server"
+        listed: list[Question] = [(["k3s", "snapshot", "list"], _snapshots_of(cluster))]
         try:
             asked: list[Question] = [(["k3s", "inspect"], spec), (["watch", "inspect"], look)]
-            answer, seen, *found = way.results([*asked, *more])
+            answer, seen, *found = way.results([*asked, *(listed if takes else more)])
         except Unreachable as unreachable:
             yield _silent(f"node {name}", unreachable)
             continue
@@ -540,5 +618,8 @@ def _k3s(
         if seen["ok"]:
             remedy = f"on {name}: k3s crictl rmi --prune (docs/runbooks/disk-full.md)"
             yield _room(f"{name}:{_K3S_DATA}", seen["room"][_K3S_DATA], remedy)
+        if takes:
+            yield from _snapshots(cluster, name, found[0])
+            continue
         for (verb, _), findings in zip(more, found, strict=True):
             yield from _findings(f"node {name}", " ".join(verb), findings)

@@ -13,6 +13,6 @@ what cannot be changed (pulumi-kubernetes, provider.go, Read without inputs).
 
 from components.recovery.adopt import adopt
 from components.recovery.engine import Engine, RecoveryError
-from components.recovery.recover import recover
+from components.recovery.recover import recover, run_again
 
-__all__ = ["Engine", "RecoveryError", "adopt", "recover"]
+__all__ = ["Engine", "RecoveryError", "adopt", "recover", "run_again"]

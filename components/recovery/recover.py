@@ -1,5 +1,6 @@
 """`make recover`: goes on after a run that died, wherever it died."""
 
+import re
 from typing import Any, Literal
 
 from components.recovery.adopt import adopt
@@ -44,6 +45,40 @@ def recover(engine: Engine, then: Literal["up", "destroy"] = "up") -> None:
     if begun:
         _settle(engine, begun)
     engine.run(then, "--yes", "--skip-preview", shown=True)
+
+
+def run_again(engine: Engine, address: str) -> None:
+    """Runs again what the state knows as done on a machine, which was lost and has a new one in its
+    place. Every command of hostctl looks first, so what is there stays.
+
+    Nothing else tells the engine: the commands that it declares are those of before. So an input
+    that none has is put into the state of each, which is an update of it. They run by themselves:
+    all else hangs on the cluster's identity, which one of them prints, and as long as that is
+    unknown a preview would replace each object.
+
+    Raises RecoveryError where the state has no command on a machine of that address.
+    """
+    state = engine.export()
+    there = f" -- (\\S+@)?{re.escape(address)} "
+    commands = [
+        one
+        for one in state["deployment"].get("resources") or []
+        if one["type"] == "command:local:Command"
+        and re.search(there, str(one["inputs"].get("create")))
+    ]
+    if not commands:
+        raise RecoveryError(
+            f"the state has nothing that was done on {address}.\n  Cause: no command of it goes"
+            " there over SSH\n  Remedy: give the address as the settings have it"
+        )
+    for command in commands:
+        for part in ("inputs", "outputs"):
+            command[part]["environment"] = {"HOMELAB_MACHINE": "lost"}
+        engine.say(f"runs again: {described(command['urn'])}")
+    engine.import_(state)
+    targets = [word for one in commands for word in ("--target", one["urn"])]
+    engine.run("up", "--yes", "--skip-preview", *targets, shown=True)
+    engine.say("done on the new machine; for all else: pulumi preview, then pulumi up")
 
 
 def _pending(state: dict[str, Any]) -> list[dict[str, Any]]:

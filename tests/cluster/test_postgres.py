@@ -3,6 +3,7 @@
 """
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -87,7 +88,8 @@ def psql(host: Host, sql: str, database: str = "skillai") -> str:
 
 
 def databases(host: Host) -> set[str]:
-    return set(psql(host, "select datname from pg_database where not datistemplate").split())
+    query = "select datname from pg_database where not datistemplate"
+    return set(psql(host, query, "postgres").split())
 
 
 def sh(host: Host, script: str) -> str:
@@ -179,6 +181,110 @@ def test_a_database_is_dumped_proved_and_restored_and_a_damaged_dump_is_no_backu
     damaged = host("backup", "restore", spec={**restore, "target": None, "confirm": "factory"})
     assert "the checksum of" in damaged["error"]["cause"]
     assert psql(host, LOOK, "skillai_restored").count("\n") == then.count("\n")
+
+
+# What is set on a database itself, and is in no dump of its content.
+SETTINGS = r"""
+create role app login; create role "we.Ird";
+alter database skillai owner to app; revoke all on database skillai from public;
+grant connect on database skillai to "we.Ird" with grant option;
+alter database skillai set search_path to public, "$user", '';
+alter database skillai set "my.own" to 'a, ''b';
+alter database skillai set timezone to 'Asia/Tokyo';
+alter role app in database skillai set work_mem to '8MB';
+alter database skillai connection limit 17; comment on database skillai is 'it''s ours';
+create table apps (n int); alter table apps owner to app; revoke all on apps from skillai;
+grant select on apps to "we.Ird";
+"""
+SET = """
+select pg_get_userbyid(datdba), datacl, datconnlimit, datallowconn, datcollate,
+    shobj_description(oid, 'pg_database'),
+    (select array_agg(setrole::text || setconfig::text order by setrole)
+        from pg_db_role_setting where setdatabase = oid)
+from pg_database where datname = '%s'
+"""
+APPS = "select relowner::regrole, relacl from pg_class where relname = 'apps'"
+
+
+def in_the_background(host: Host, sql: str, database: str) -> None:
+    words = f"chroot {ROOT} psql --host=/run/postgresql --username=skillai --dbname={database}"
+    script = f'{words} --command="$1" > {ROOT}/tmp/{database}.said 2>&1'
+    host.engine.docker("exec", "--detach", NODE, "sh", "-c", script, "sh", sql)
+
+
+def until(host: Host, sql: str) -> str:
+    """What a query shows, once it shows something."""
+    for _ in range(300):
+        shown = psql(host, sql, "postgres").strip()
+        if shown:
+            return shown
+        time.sleep(0.2)
+    raise AssertionError(f"nothing after 60 s: {sql}")
+
+
+def test_a_restored_database_takes_the_originals_name_whole_also_when_killed_between_the_renames(
+    postgres: Host,
+) -> None:
+    host = postgres
+    # What it writes by itself would be counted, too.
+    psql(host, "alter system set autovacuum = off")
+    psql(host, "select pg_reload_conf()")
+    psql(host, SETTINGS)
+    host.done("backup", "run", spec={**SPEC, "keep": 3})
+    then, apps, settings = psql(host, LOOK), psql(host, APPS), psql(host, SET % "skillai")
+    psql(host, """delete from "Ünï ""quoted"" table"; create table newer ()""")
+    restore = {**SPEC, "item": "skillai", "target": "nas"}
+    assert host.done("backup", "restore", spec=restore)["restored"] == "skillai_restored"
+    restore |= {"in_place": True}
+    error = host("backup", "restore", spec=restore)["error"]
+    assert "skillai was written to after the backup of" in error["cause"]
+    assert psql(host, "select count(*) from newer") == "0"
+
+    # Another session has the second one locked: PostgreSQL waits after the first renaming.
+    in_the_background(host, "begin; comment on database skillai_restored is 'x'; "
+                      "select pg_sleep(1000)", "postgres")  # fmt: skip
+    until(host, "select pid from pg_stat_activity where wait_event = 'PgSleep'")
+    taking = host.begin("backup", "restore", spec={**restore, "confirm": "factory"})
+    with taking:
+        waits = "select pid from pg_stat_activity where wait_event_type = 'Lock'"
+        pid = until(host, waits)
+        locks = f"""select datname, granted from pg_locks join pg_database d on objid = d.oid
+            where pid = {pid} and classid = 1262 and mode = 'AccessExclusiveLock' order by 2"""
+        assert psql(host, locks, "postgres").split() == ["skillai_restored|f", "skillai|t"]
+        taking.kill()
+    # As a power cut would: the server's process, and with it all that was not committed.
+    host.engine.docker("exec", NODE, "sh", "-ec", f"kill -9 {pid}")
+    ready = f"sleep 1; until chroot {ROOT} pg_isready --host=/run/postgresql; do sleep 0.2; done"
+    host.engine.docker("exec", NODE, "sh", "-ec", ready)
+    assert {"skillai", "skillai_restored"} == databases(host) - {"postgres"}
+    assert "not currently accepting connections" in said_of(host, "skillai")
+
+    assert host.done("backup", "restore", spec=restore)["restored"] == "skillai"
+    (before,) = databases(host) - {"skillai", "postgres"}
+    assert psql(host, "select count(*) from newer", before) == "0"
+    assert f"dropdb --username=skillai {before}" in host.said
+    assert psql(host, LOOK) == then
+    assert psql(host, APPS) == apps
+    assert psql(host, SET % "skillai") == psql(host, SET % before) == settings
+
+    # Nobody wrote since this one, though somebody is connected.
+    host.done("backup", "run", spec={**SPEC, "keep": 3})
+    in_the_background(host, "select pg_sleep(1000)", "skillai")
+    until(host, "select pid from pg_stat_activity where wait_event = 'PgSleep'")
+    assert host.done("backup", "restore", spec=restore)["restored"] == "skillai"
+    assert len(databases(host)) == 4
+    assert psql(host, SET % "skillai") == settings
+    said = host.engine.docker("exec", NODE, "cat", f"{ROOT}/tmp/skillai.said")
+    assert "terminating connection due to administrator command" in said
+    # With no name: gone, as dropdb leaves it.
+    psql(host, "drop database skillai with (force)", "postgres")
+    assert host.done("backup", "restore", spec=restore)["restored"] == "skillai"
+    assert psql(host, APPS) == apps
+
+
+def said_of(host: Host, database: str) -> str:
+    words = f"chroot {ROOT} psql --host=/run/postgresql --username=skillai --dbname={database}"
+    return sh(host, f"docker exec {NODE} {words} --command='select 1' 2>&1 || true")
 
 
 def test_a_killed_verification_leaves_a_database_that_the_next_run_drops(postgres: Host) -> None:

@@ -7,7 +7,9 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
 
 import copy
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from components.ownership import NOT_SEEN
+from components.recovery import RecoveryError, run_again
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
@@ -402,6 +405,44 @@ def test_a_new_token_is_rotated_and_every_node_has_it(tower):
     assert "k3s-worker-3" in tower.members
 
 
+def test_a_lost_only_server_is_installed_on_its_restored_datastore_and_no_object_is_touched(
+    tower, tmp_path
+):
+    """docs/runbooks/server-lost.md, from its step 4 on."""
+
+    def uids() -> dict[str, str]:
+        contents = {one: json.loads(one.read_text()) for one in tower.objects.rglob("*.json")}
+        return {
+            one.stem: content["metadata"]["uid"]
+            for one, content in contents.items()
+            if "uid" in (content.get("metadata") or {})
+        }
+
+    machine, before, there = tower.machine(MASTER), tower.outputs()["cluster"], uids()
+    machine.run(["systemctl", "stop", "k3s.service"])
+    server = machine._file("/var/lib/rancher/k3s/server")
+    shutil.copytree(server, tmp_path / "copy", symlinks=True)
+    for path in ("/var/lib/rancher", "/var/lib/homelab", "/etc/rancher", "/etc/systemd/system"):
+        shutil.rmtree(machine._file(path))
+    machine.remove("/usr/local/bin/k3s")
+    machine.set("k3s.json", {})
+    shutil.copytree(tmp_path / "copy", server, symlinks=True)
+    # The state knows it as done, so up alone does nothing.
+    assert planned(tower.preview()) == set()
+    said: list[str] = []
+    run_again(tower.engine(said), MASTER)
+    assert "runs again: Command hostctl" in said
+    assert "runs again: Command k3s-worker-1" not in said
+    assert tower.members["k3s-master"]["running"]
+    assert planned(tower.up()) == set()
+    assert uids() == there != {}
+    assert tower.outputs()["cluster"] == before
+    assert all(one["running"] for one in tower.members.values())
+    assert planned(tower.preview()) == set()
+    with pytest.raises(RecoveryError, match=r"nothing that was done on 10\.89\.97\.20\b"):
+        run_again(tower.engine(said), "10.89.97.20")
+
+
 def test_three_servers_join_one_after_another_and_clients_use_the_virtual_ip(three):
     assert planned(three.preview()) == set()
     assert {one["role"] for one in three.members.values()} == {"server"}
@@ -410,6 +451,42 @@ def test_three_servers_join_one_after_another_and_clients_use_the_virtual_ip(thr
     for address in (MASTER, WORKER, SECOND):
         machine = three.machine(address)
         assert machine.exists("/var/lib/rancher/k3s/server/manifests/kube-vip.yaml")
+
+
+def test_status_tells_how_old_each_servers_newest_snapshot_of_etcd_is_with_k3s_stopped_too(three):
+    """And where it is, and that a bucket's were not seen."""
+    directory = "/var/lib/rancher/k3s/server/db/snapshots"
+
+    def take(address: str, hours: float, name: str = "etcd-snapshot") -> None:
+        machine = three.machine(address)
+        machine.make_directory(directory, 0o700)
+        path = f"{directory}/{name}-{address}-{int(time.time() - hours * 3600)}"
+        machine.write_atomic(path, b"{}", 0o600)
+
+    take(MASTER, 3)
+    take(MASTER, 15)
+    take(WORKER, 25)
+    take(WORKER, 1, "before-work")
+    take(SECOND, 1, "before-work")
+    for stopped in (False, True):
+        if stopped:
+            for address in (MASTER, WORKER, SECOND):
+                three.machine(address).run(["systemctl", "stop", "k3s.service"])
+        seen = status(three)
+        master, worker, second = (seen["backups", f"etcd of {node}"] for node in NODES)
+        assert {one["declared"] for one in (master, worker, second)} == {"0 */12 * * *"}
+        assert master["now"].startswith("2, newest 2")
+        assert master["now"].endswith(f" UTC, file://{directory}")
+        assert (master["verdict"], worker["verdict"]) == ("fine", "bad")
+        assert worker["now"].startswith("1, newest 2")
+        assert (second["now"], second["verdict"]) == ("none yet", "bad")
+        assert "k3s snapshot take" in second["remedy"]
+    s3 = {"endpoint": "10.89.97.20:9000", "bucket": "etcd", "accessKey": "a", "secretKey": "b"}
+    with three.edited() as cluster:
+        cluster["snapshots"] = {"schedule": "0 * * * *", "s3": s3}
+    seen = status(three)
+    assert seen["backups", "etcd of k3s-master"]["verdict"] == "bad"
+    assert ("backups", "etcd of k3s-master in etcd") in seen.of("unknown")
 
 
 def test_a_lost_server_of_three_stops_nothing_and_returns(three):

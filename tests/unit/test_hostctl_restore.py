@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_hostctl import Host
+from tests.unit.test_hostctl import Host, Killed
 from tests.unit.test_hostctl_backup import (
     BACKUPS,
     DATA,
@@ -103,6 +103,129 @@ def test_a_database_is_restored_beside_the_one_that_is_there_and_over_no_other(l
     assert 'database "skillai_restored" already exists' in error["cause"]
     restore(live, DATABASE, confirm="factory")
     assert databases(live)["skillai"]["content"] == "rows"
+
+
+def alter(host: Host, **changes: Any) -> None:
+    """Somebody writes to the database."""
+    there = databases(host)
+    there["skillai"].update(changes)
+    host.machine.set("databases.json", {WORKLOAD: there})
+
+
+def content(host: Host, database: str) -> str:
+    return databases(host)[database]["content"]
+
+
+def kept_aside(host: Host) -> str:
+    (before,) = (name for name in databases(host) if "_before_" in name)
+    return before
+
+
+def test_a_restored_database_takes_the_originals_name_which_is_kept_under_another(
+    live: Host,
+) -> None:
+    run(live, DATABASE)
+    alter(live, content="damaged by what counts no rows")
+    assert restore(live, DATABASE, in_place=True)["restored"] == "skillai"
+    before = kept_aside(live)
+    assert set(databases(live)) == {"skillai", before}
+    assert databases(live)["skillai"]["content"] == "rows"
+    assert databases(live)[before]["content"] == "damaged by what counts no rows"
+    assert not any(one["closed"] for one in databases(live).values())
+    drop = "kubectl exec statefulset/skillai-db --namespace=factory -- dropdb --username=skillai"
+    assert f"is kept in database {before}; once it is of no use: {drop} {before}" in live.said
+
+
+@pytest.mark.parametrize("when", ["before", "until its connections end"])
+def test_a_database_that_was_written_to_after_the_backup_keeps_its_name_unless_it_is_told(
+    live: Host, when: str
+) -> None:
+    run(live, DATABASE)
+    alter(live, content="newer", **{"rows" if when == "before" else "writing": "11/0/0"})
+    error = restore(live, DATABASE, code=3, in_place=True)
+    assert "skillai was written to after the backup of" in error["cause"]
+    assert "--in-place --confirm factory" in error["remedy"]
+    assert databases(live)["skillai"]["content"] == "newer"
+    assert not any(one.get("closed") for one in databases(live).values())
+    restore(live, DATABASE, in_place=True, confirm="factory")
+    assert databases(live)["skillai"]["content"] == "rows"
+    assert databases(live)[kept_aside(live)]["content"] == "newer"
+
+
+def test_without_the_counters_of_then_nobody_knows_and_it_must_be_told(live: Host) -> None:
+    run(live, DATABASE)
+    record = "/var/lib/homelab/clusters/factory.json"
+    content = json.loads(live.machine.read(record)) | {"written": None}
+    live.machine.write_atomic(record, json.dumps(content).encode(), 0o644)
+    error = restore(live, DATABASE, code=3, in_place=True)
+    assert "written to after the backup" in error["cause"]
+    assert "cannot be told" in error["cause"]
+    restore(live, DATABASE, in_place=True, confirm="factory")
+    assert kept_aside(live)
+
+
+def test_what_was_looked_at_takes_the_name_and_not_a_backup_that_was_taken_since(
+    live: Host,
+) -> None:
+    run(live, DATABASE)
+    first = restore(live, DATABASE)
+    alter(live, content="damaged", rows="11/0/0")
+    run(live, DATABASE)
+    done = restore(live, DATABASE, in_place=True, confirm="factory")
+    assert (done["from"], done["taken"]) == (first["from"], first["taken"])
+    assert databases(live)["skillai"]["content"] == "rows"
+    # Once: the next one is of the newest backup again.
+    assert restore(live, DATABASE)["taken"] > first["taken"]
+
+
+def test_a_database_that_is_gone_comes_back_under_its_name(live: Host) -> None:
+    run(live, DATABASE)
+    live.machine.set("databases.json", {WORKLOAD: {"other": {"content": "", "rows": ""}}})
+    restore(live, DATABASE, in_place=True)
+    assert set(databases(live)) == {"skillai", "other"}
+
+
+@pytest.mark.parametrize("again", ["backup restore", "backup recover"])
+def test_killed_at_any_point_it_is_ended_by_the_next_run(live: Host, again: str) -> None:
+    """Dead from then on, in its handlers, too."""
+    run(live, DATABASE)
+    original, died_at, shut, left = live.machine.run, 0, 0, 0
+
+    def dying(argv: Any, **options: Any) -> Any:
+        nonlocal left
+        # What it asks of Docker is no place to die that differs.
+        left -= "statefulset/skillai-db" in argv
+        if left < 0:
+            raise Killed
+        return original(argv, **options)
+
+    spec = {"cluster": "factory", "items": [DATABASE], "item": "skillai", "in_place": True}
+    ended = False
+    while not ended:
+        left = died_at
+        died_at += 1
+        newer = f"newer {died_at}"
+        alter(live, content=newer, rows=f"{died_at}/0/0")
+        live.machine.run = dying  # type: ignore[method-assign]
+        try:
+            live("backup restore", {**spec, "confirm": "factory"})
+            ended = True
+        except Killed:
+            pass
+        live.machine.run = original  # type: ignore[method-assign]
+        shut += any(one.get("closed") for one in databases(live).values())
+        live.machine.sleep(1)
+        if again == "backup recover":
+            live("backup recover factory")
+        if not ended and (again == "backup restore" or "rows" not in content(live, "skillai")):
+            live("backup restore", {**spec, "confirm": "factory"})
+        live.machine.sleep(1)
+        there = databases(live)
+        assert content(live, "skillai") == "rows"
+        assert [one["content"] for one in there.values()].count(newer) == 1
+        assert not any(one.get("closed") for one in there.values())
+        assert "skillai_restored" not in there
+    assert shut == 3
 
 
 def test_an_older_backup_is_chosen_by_its_time(live: Host) -> None:

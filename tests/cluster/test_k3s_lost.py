@@ -1,0 +1,115 @@
+"""A cluster of one k3s server whose machine is lost comes back on a new one from a copy of its
+datastore, by the steps of docs/runbooks/server-lost.md. Machines as in test_k3s.py.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from components import host as host_module
+from hostctl import program
+from setup import cluster as rig
+from tests.cluster.machines import Lan, shipped
+from tests.cluster.test_k3s import AGENT, SERVERS, VERSION, Node, Tower
+from tests.unit.test_runbooks import RUNBOOKS, steps
+
+pytestmark = pytest.mark.cluster
+
+SERVER = SERVERS[0]
+DATASTORE = "/var/lib/rancher/k3s/server"
+PASSWORD = {
+    "path": "/var/lib/homelab/backups/tower/nas.password",
+    "content": "made-up-password",
+    "mode": "0600",
+    "owner": "root",
+    "group": "root",
+}
+
+
+class Single(Tower):
+    """One server with SQLite, and an agent."""
+
+    def __init__(self, lan: Lan) -> None:
+        self.lan, self.version, self.identity = lan, VERSION, ""
+        self.nodes = {
+            name: Node(self, name, lan.machine(number))
+            for number, name in enumerate((SERVER, AGENT), 1)
+        }
+
+
+@pytest.fixture
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Single]:
+    lan = Lan(rig.resolve(), tmp_path_factory.mktemp("lan"))
+    patch = pytest.MonkeyPatch()
+
+    def run(command: str, stdin: str, **_: Any) -> Any:
+        # What the invoke command:local:run does.
+        return lan.shell(command, stdin)
+
+    patch.setattr(host_module.local, "run", run)
+    hostctl = shipped()
+    patch.setattr(host_module.program, "packed", lambda: hostctl)
+    try:
+        lan.open()
+        tower = Single(lan)
+        for node in tower.nodes.values():
+            node.install()
+        tower.identity = tower.first.do("k3s ensure", tower.ensured(SERVER))["identity"]
+        tower.nodes[AGENT].do("k3s ensure", tower.ensured(AGENT))
+        yield tower
+    finally:
+        patch.undo()
+        lan.close()
+
+
+def test_a_lost_single_server_comes_back_as_it_was_with_its_agents(tower: Single) -> None:
+    """What each command of the page prints is what the page says."""
+    first = tower.first
+    restic = shutil.which("restic", path=os.pathsep.join(map(str, tower.lan.rig.first)))
+    assert restic
+    restored, seen_again = steps("server-lost")
+    (spec,) = re.findall(r"```json\n(.*?)```", (RUNBOOKS / "server-lost.md").read_text(), re.S)
+    first.machine.run(["ln", "--symbolic", "--force", restic, "/usr/local/bin/restic"])
+    first.machine.run(["mkdir", "--parents", "/mnt/nas"])
+    tower.mark("marker")
+    first.do("files write", PASSWORD)
+    first.do("backup run", json.loads(spec))
+    tower.mark("later")
+
+    first.machine.lose()
+    # But for the disk of the target.
+    gone = "/var/lib/rancher /var/lib/homelab /etc/rancher /usr/local/bin/k3s /etc/systemd/system/*"
+    first.machine.run(["sh", "-c", f"rm -rf {gone}"])
+    first.machine.boot()
+    first.machine.write("/usr/local/bin/hostctl", program.text(), "755")
+    first.machine.write(PASSWORD["path"], f"{PASSWORD['content']}\n", "600")
+    first.machine.write("/root/tower.json", spec)
+    assert_prints(tower, *restored)
+
+    # What the next `pulumi up` does.
+    first.install()
+    assert tower.inspect(SERVER)["node"] is None
+    made = first.do("k3s ensure", tower.ensured(SERVER))
+    assert made["identity"] == tower.identity
+    assert_prints(tower, *seen_again)
+    assert first.kubectl("get", "configmap", "marker", "--output=name")
+    assert first.kubectl("get", "configmap", "later", "--ignore-not-found", "--output=name") == ""
+    for name in (SERVER, AGENT):
+        seen = tower.inspect(name)
+        assert (seen["node"]["state"], seen["differences"]) == ("running", []), name
+    # A datastore in use is written over by nothing.
+    again = tower.lan.shell(first.connection.line("sh", "-c", restored[0]))
+    assert f"{DATASTORE} is not empty" in again.stdout
+    tower.mark("since")
+
+
+def assert_prints(tower: Single, command: str, shown: str) -> None:
+    ran = tower.lan.shell(tower.first.connection.line("sh", "-c", f"{command} 2>&1"))
+    fragments = [one.strip() for line in shown.splitlines() for one in line.split("…")]
+    pattern = ".*".join(map(re.escape, filter(None, fragments)))
+    assert re.search(pattern, ran.stdout, re.S), (command, ran.stdout, ran.stderr)
