@@ -95,7 +95,8 @@ def other_owners(
         owners += [
             Owner(
                 f"{writer}, which has written its data since it was made",
-                "let it write elsewhere, or seed the Secret only (seedOnly: true)",
+                "let it write elsewhere, or seed the Secret only (seedOnly: true); where that was a"
+                " person, delete the object, and pulumi up --refresh makes it as declared",
             )
             for writer in live["writers"]
         ]
@@ -129,14 +130,15 @@ class Ownership:
         none of k3d's.
 
         Raises RunError where ArgoCD runs the connector of a tunnel that the stack is to run in the
-        cluster, or where that cannot be told. Without such a connector it only warns that owners
-        could not be seen.
+        cluster, or where that cannot be told (incident 3: what is not seen is not absent). Without
+        such a connector it only warns that owners could not be seen.
         """
         cluster = stack.cluster.name
         spec = {"cluster": cluster, "kinds": KINDS, "kubeconfig": kubeconfig}
         answer = yield from ask(["cluster", "owners"], spec)
+        if not answer["whole"]:
+            _refuse_unseen(stack.tunnels, cluster, "; ".join([answer["detail"], *answer["unseen"]]))
         if answer["state"] != "known":
-            _refuse_unseen(stack.tunnels, cluster, answer["detail"])
             pulumi.log.warn(f"cluster {cluster}: {NOT_SEEN}: {answer['detail']}")
         for detail in answer["unseen"]:
             pulumi.log.warn(f"cluster {cluster}: of some, {NOT_SEEN}: {detail}")
@@ -144,6 +146,7 @@ class Ownership:
             (one["kind"], one["namespace"] or "", one["name"]): one for one in answer["objects"]
         }
         _refuse_incumbent(stack.tunnels, seen)
+        _warn_of_tenants(stack.own_namespaces(), seen)
         return cls(frozenset(stack.handed_over), seen)
 
     def guard(self) -> None:
@@ -155,8 +158,9 @@ class Ownership:
     def settle(self) -> None:
         """Refuses all that :meth:`guard` found in a preview, once all is declared."""
         if self._problems:
+            unchanged = "; nothing was changed" if pulumi.runtime.is_dry_run() else ""
             raise pulumi.RunError(
-                f"{len(self._problems)} object(s) would have two owners; nothing was changed:\n"
+                f"{len(self._problems)} object(s) would have two owners{unchanged}:\n"
                 + "\n".join(f"  {problem}" for problem in self._problems)
             )
         unknown = self.handed_over - {reference(key) for key in self._declared}
@@ -186,7 +190,8 @@ class Ownership:
         for owner in other_owners(key, self.seen, writes=writes):
             self._refuse(
                 f"{title} is declared here and belongs to {owner.name}.\n    Remedy: hand it over:"
-                f' add "{title}" to homelab:handedOver; or {owner.release}'
+                f' add "{title}" to homelab:handedOver, or where this stack never made it leave it'
+                f" out of the settings; or {owner.release}"
             )
         return None
 
@@ -205,6 +210,22 @@ def _refuse_unseen(tunnels: Mapping[str, settings.Tunnel], cluster: str, detail:
                 f" {tunnel.connector.namespace}/cloudflared: {detail}.\n  Remedy: run"
                 f" `hostctl k3d ensure {cluster}` on the host until the API answers, or leave"
                 " the connector to ArgoCD with connector.kind: external."
+            )
+
+
+def _warn_of_tenants(namespaces: frozenset[str], seen: Mapping[Key, Mapping[str, Any]]) -> None:
+    """Of what others run where the stack lets nobody in but to its connectors."""
+    for kind, namespace, name in sorted(seen):
+        runs = kind in ("Deployment.apps", "DaemonSet.apps")
+        if (
+            namespace in namespaces
+            and runs
+            and "Pulumi" not in seen[kind, namespace, name]["owners"]
+        ):
+            pulumi.log.warn(
+                f"{reference((kind, namespace, name))} is not of this stack, whose connectors have"
+                f" namespace {namespace} for themselves: nobody reaches its pods, and new ones must"
+                f" be restricted. Remedy: name {namespace} under homelab:namespaces."
             )
 
 

@@ -16,7 +16,8 @@ OWNERS_SPEC: dict[str, Any] = {
     "kinds": Items(Value(KIND), []),
     "kubeconfig": ASKED_KUBECONFIG,
 }
-# The metadata alone: no value of a Secret leaves the cluster.
+# Metadata alone, which of a Secret that kubectl applied hold its values too, in an annotation.
+# The answer has none of it.
 _METADATA = 'jsonpath={range .items[*]}{.apiVersion}{" "}{.kind}{" "}{.metadata}{"\\n"}{end}'
 # What the cluster makes by the thousand for other objects, whose owner is theirs.
 _PASSING = frozenset(
@@ -32,7 +33,8 @@ _PASSING = frozenset(
 def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
     """The owners of the objects of some kinds, such as `Deployment.apps`; with no ``kinds``, of all
     that last.
-    ``state`` is unknown where the API does not answer; ``unseen`` says what could not be listed.
+    ``state`` is unknown where the API does not answer in time; ``unseen`` says what could not be
+    asked for, and ``whole`` whether each kind that is served could be listed.
 
     Two calls of kubectl, however many objects there are. Asked in the node of a k3d cluster: the
     kubeconfig on the host may be missing, or that of a cluster that is gone, and the run that asks
@@ -43,7 +45,12 @@ def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
     unseen: list[str] = []
 
     def ask(*arguments: str) -> str:
-        ran = ask_cluster(machine, wanted, arguments, step)
+        try:
+            ran = ask_cluster(machine, wanted, arguments, step)
+        except Failure as failure:
+            if failure.code not in ("cannot-tell", "timed-out"):
+                raise
+            raise _Silent(failure.cause) from None
         if ran.code:
             if is_silent(ran):
                 raise _Silent(ran.complaint)
@@ -57,9 +64,14 @@ def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
         served = ask("api-resources", "--verbs=list", "--no-headers=true")
         resources = ",".join(sorted(_resources(served, wanted["kinds"])))
         options = ("--all-namespaces", "--show-managed-fields", f"--output={_METADATA}")
+        before = len(unseen)
         seen = ask("get", resources, *options) if resources else ""
     except _Silent as silent:
-        return {"state": "unknown", "detail": str(silent), "objects": [], "unseen": []}
+        unknown = {"state": "unknown", "detail": str(silent), "unseen": [], "whole": False}
+        return {**unknown, "objects": []}
+    if seen and not seen.endswith("\n"):
+        unseen.append(f"more than {len(seen) // 2**20} MiB of objects")
+    whole = len(unseen) == before
     objects = []
     for line in seen.split("\n")[:-1]:
         try:
@@ -77,6 +89,7 @@ def cluster_owners(machine: Machine, spec: dict[str, Any]) -> Result:
         "state": "known",
         "detail": "",
         "unseen": unseen,
+        "whole": whole,
         "objects": [
             {
                 "kind": kind,

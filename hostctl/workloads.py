@@ -64,6 +64,8 @@ def run_kubectl(
     return ran
 
 
+# A datastore of 11 GB (incident 4) lists slowly.
+LIST_SECONDS = 120.0
 UNREACHABLE = re.compile(
     r"Unable to connect to the server|connection refused|was refused - did you specify|i/o timeout"
     r"|context deadline exceeded|no route to host|TLS handshake timeout|ServiceUnavailable"
@@ -256,9 +258,10 @@ def ask_cluster(
     one that is given, as text or by its path."""
     if wanted["kubeconfig"]:
         with kubeconfig_file(machine, wanted["kubeconfig"]) as path:
-            return run_kubectl(machine, path, arguments, step, raw=True)
+            return run_kubectl(machine, path, arguments, step, timeout=LIST_SECONDS, raw=True)
     server = f"k3d-{wanted['cluster']}-server-0"
-    return attempt(machine, ["docker", "exec", server, "kubectl", *arguments], step)
+    argv = ["docker", "exec", server, "kubectl", *arguments]
+    return attempt(machine, argv, step, timeout=LIST_SECONDS)
 
 
 def is_silent(ran: Ran) -> bool:

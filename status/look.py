@@ -1,7 +1,8 @@
 """What is looked at: the state of the stack by Pulumi's CLI, all else by hostctl on the hosts.
 
-Nothing is changed and no value of a Secret leaves its host. A host that does not answer, a Docker that is down, and a
-state that cannot be read are told as that, and all else is looked at all the same.
+Nothing is changed and no value of a Secret leaves its host. A host that does not answer, a Docker
+that is down, and a state that cannot be read are told as that, and all else is looked at all the
+same.
 """
 
 import json

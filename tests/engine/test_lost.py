@@ -1,7 +1,7 @@
-"""Done, and the answer never came: each step succeeds and the engine is told that it failed, for each
-kind of resource that the stacks declare. `make recover` ends where an undisturbed life does, with
-nothing made twice, nothing deleted twice and nothing orphaned. What is changed unheard, and what the
-host's commands do, the next `pulumi up` does again by itself.
+"""Done, and the answer never came: each step succeeds and the engine is told that it failed, for
+each kind of resource that the stacks declare. `make recover` ends where an undisturbed life does,
+with nothing made twice, nothing deleted twice and nothing orphaned. What is changed unheard, and
+what the host's commands do, the next `pulumi up` does again by itself.
 """
 
 from collections.abc import Callable, Iterable

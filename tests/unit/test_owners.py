@@ -1,5 +1,6 @@
 """Who owns an object, derived from what real clusters write on it; and what a second one means."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import pulumi
 import pulumi_kubernetes as kubernetes
 import pytest
 
+from components import settings
 from components.ownership import KINDS, Key, Ownership, declared_key, other_owners, reference
+from hostctl.machine import Ran, TookTooLong
 from hostctl.owners import maker_of, owners_of, writers_of
 from tests.unit.conftest import Registered
 from tests.unit.program import STACKS, Program
@@ -142,24 +145,19 @@ def live(tmp_path: Path) -> Host:
     return host
 
 
-def test_owners_are_listed_by_kind_and_no_value_leaves_the_cluster(live: Host) -> None:
+def test_owners_are_listed_by_kind_and_no_value_is_in_the_answer(live: Host) -> None:
     deployment = _deployment("cloudflared")
     deployment["metadata"]["annotations"] = {TRACKING: "infra:apps/Deployment:default/cloudflared"}
     live.api.create(deployment, "argocd-controller")
     secret: dict[str, Any] = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}}
-    live.api.create({**secret, "data": {"password": "Y2FuYXJ5"}}, "kubectl-create")
-    listed = []
-    run = live.machine.run
-
-    def recorded(argv: Any, **options: Any) -> Any:
-        ran = run(argv, **options)
-        listed.append(ran.out)
-        return ran
-
-    live.machine.run = recorded  # type: ignore[method-assign]
+    # As kubectl applies one: the annotation holds all of it.
+    secret["data"] = {"password": "Y2FuYXJ5"}
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(secret)}
+    secret["metadata"] = {"name": "db", "annotations": applied}
+    live.api.create(secret, "kubectl-client-side-apply")
     spec = {"cluster": "factory", "kinds": ["Deployment.apps"]}
     answer = live("cluster owners", spec)
-    assert (answer["state"], answer["unseen"]) == ("known", [])
+    assert (answer["state"], answer["unseen"], answer["whole"]) == ("known", [], True)
     [one] = answer["objects"]
     assert (one["kind"], one["namespace"], one["name"]) == (
         "Deployment.apps",
@@ -169,8 +167,7 @@ def test_owners_are_listed_by_kind_and_no_value_leaves_the_cluster(live: Host) -
     assert one["owners"] == ["ArgoCD application infra"]
     everything = live("cluster owners", {"cluster": "factory"})["objects"]
     assert {"Deployment.apps", "Secret", "Namespace"} <= {one["kind"] for one in everything}
-    assert len(listed) == 4
-    assert not any(b"Y2FuYXJ5" in out for out in listed)
+    assert "Y2FuYXJ5" not in json.dumps(everything)
 
 
 def test_owners_of_a_cluster_that_is_stopped_cannot_be_told(live: Host) -> None:
@@ -179,6 +176,45 @@ def test_owners_of_a_cluster_that_is_stopped_cannot_be_told(live: Host) -> None:
     assert answer["state"] == "unknown"
     assert answer["detail"]
     assert answer["objects"] == []
+
+
+@pytest.mark.parametrize("verb", ["api-resources", "get"])
+def test_a_list_that_takes_too_long_is_one_that_cannot_be_told(live: Host, verb: str) -> None:
+    """A datastore of 11 GB (incident 4): no preview ends for it, and Docker is well."""
+    run = live.machine.run
+    waits = []
+
+    def slow(argv: Any, **options: Any) -> Any:
+        if "kubectl" in argv and verb in argv:
+            waits.append(options["timeout"])
+            raise TookTooLong(argv[0])
+        return run(argv, **options)
+
+    live.machine.run = slow  # type: ignore[method-assign]
+    answer = live("cluster owners", {"cluster": "factory"})
+    assert (answer["state"], answer["whole"], answer["objects"]) == ("unknown", False, [])
+    assert waits == [120]
+
+
+@pytest.mark.parametrize(
+    ("cut", "code", "whole"), [(40, 0, False), (0, 1, False), (0, 0, True)]
+)  # fmt: skip
+def test_a_list_that_is_not_whole_says_so(live: Host, cut: int, code: int, whole: bool) -> None:
+    live.api.create(_deployment("cloudflared"), "test")
+    run = live.machine.run
+
+    def listed(argv: Any, **options: Any) -> Any:
+        ran = run(argv, **options)
+        if "kubectl" not in argv or "get" not in argv:
+            return ran
+        said = b"Error from server (Forbidden): deployments.apps is forbidden" if code else b""
+        return Ran(code, ran.out[: len(ran.out) - cut], said)
+
+    live.machine.run = listed  # type: ignore[method-assign]
+    answer = live("cluster owners", {"cluster": "factory"})
+    assert (answer["state"], answer["whole"]) == ("known", whole)
+    assert len(answer["unseen"]) == (not whole)
+    assert answer["objects"]
 
 
 def test_a_kind_that_is_not_served_has_no_objects(live: Host) -> None:
@@ -294,3 +330,78 @@ def test_what_is_handed_over_is_neither_written_nor_deleted(
 def test_an_object_is_named_as_in_the_settings() -> None:
     assert reference(("Deployment.apps", "factory", "a")) == "Deployment factory/a"
     assert reference(("ClusterRole.rbac.authorization.k8s.io", "", "a")) == "ClusterRole a"
+
+
+# What is refused before anything is declared
+
+
+FOUND = {"state": "known", "detail": "", "unseen": [], "whole": True, "objects": []}
+
+
+def found(name: str, *owners: str, namespace: str = "factory") -> dict[str, Any]:
+    one = {"kind": "Deployment.apps", "namespace": namespace, "name": name, "owners": list(owners)}
+    return {**FOUND, "objects": [{**one, "maker": "x", "writers": []}]}
+
+
+def read(answer: dict[str, Any], **connector: Any) -> Ownership:
+    """What a stack with one tunnel, by default connected from its cluster, makes of an answer."""
+    image = {"image": "rancher/k3s:v1.31.5-k3s1", "name": "factory"}
+    zone = "0" * 31 + "1"
+    route = {"hostname": "a.example.org", "service": "http://a.web.svc.cluster.local:80"}
+    tunnel = {
+        "secret": "bWFkZS11cC1zZWNyZXQtb2YtMzItYnl0ZXMtYW5kLTE=",
+        "connector": connector or {"kind": "cluster", "namespace": "factory"},
+        "routes": [route],
+    }
+    stack = settings.Settings.model_validate(
+        {
+            "cluster": image,
+            "namespaces": {"web": {}},
+            "cloudflare": {
+                "accountId": zone, "apiToken": "made-up-" * 5, "zones": {"example.org": zone}
+            },
+            "tunnels": {"factory": tunnel},
+        },
+        by_alias=True,
+        by_name=False,
+    )  # fmt: skip
+    reading = Ownership.read(stack)
+    next(reading)
+    try:
+        reading.send([answer])
+    except StopIteration as read:
+        return read.value
+    raise AssertionError("it asks for more")
+
+
+def test_the_incumbents_connector_of_argocd_is_refused_with_both_ways_out() -> None:
+    with pytest.raises(pulumi.RunError, match="factory/cloudflared belongs to ArgoCD") as refusal:
+        read(found("cloudflared", "ArgoCD application infra"))
+    for part in ("homelab:tunnels.factory.connector", "Prune=false", "kind: external"):
+        assert part in str(refusal.value)
+    assert read(found("cloudflared")).seen
+    assert read(found("cloudflared", "ArgoCD application infra"), kind="external").seen
+
+
+@pytest.mark.parametrize("state", ["known", "unknown"])
+def test_what_cannot_be_told_is_not_taken_for_absent(
+    state: str, caplog: pytest.LogCaptureFixture, run_program: Callable[..., Registered]
+) -> None:
+    """Incident 3: with a connector of the stack's in the cluster, nothing is done on it."""
+    unseen = {**FOUND, "state": state, "whole": False, "unseen": ["deployments.apps is forbidden"]}
+    with pytest.raises(pulumi.RunError, match=r"cannot tell whether ArgoCD owns .* is forbidden"):
+        read(unseen)
+    run_program(lambda: read(unseen, kind="external"))
+    assert "cannot be seen, so that no second owner is refused" in caplog.text
+
+
+def test_what_others_run_in_a_connectors_own_namespace_is_warned_of(
+    caplog: pytest.LogCaptureFixture, run_program: Callable[..., Registered]
+) -> None:
+    run_program(lambda: read(found("web")))
+    assert "Deployment factory/web is not of this stack" in caplog.text
+    assert "name factory under homelab:namespaces" in caplog.text
+    caplog.clear()
+    run_program(lambda: read(found("cloudflared-factory", "Pulumi")))
+    run_program(lambda: read(found("web", namespace="web")))
+    assert not caplog.text
