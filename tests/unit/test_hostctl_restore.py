@@ -185,6 +185,33 @@ def test_a_database_that_is_gone_comes_back_under_its_name(live: Host) -> None:
     assert set(databases(live)) == {"skillai", "other"}
 
 
+@pytest.mark.parametrize("before", ["pg_restore", "pg_terminate_backend", "rename to"])
+def test_what_a_killed_restore_was_told_need_not_be_told_again(live: Host, before: str) -> None:
+    run(live, DATABASE)
+    newer = before != "pg_restore"
+    if newer:
+        alter(live, content="newer", rows="11/0/0")
+    original = live.machine.run
+
+    def dying(argv: Any, **options: Any) -> Any:
+        if any(before in word for word in argv):
+            live.machine.run = dead  # type: ignore[method-assign]
+            raise Killed
+        return original(argv, **options)
+
+    def dead(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    live.machine.run = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        restore(live, DATABASE, in_place=True, confirm="factory" if newer else None)
+    live.machine.run = original  # type: ignore[method-assign]
+    assert restore(live, DATABASE, in_place=True)["restored"] == "skillai"
+    assert content(live, "skillai") == "rows"
+    assert content(live, kept_aside(live)) == ("newer" if newer else "rows")
+    assert len(databases(live)) == 2
+
+
 @pytest.mark.parametrize("again", ["backup restore", "backup recover"])
 def test_killed_at_any_point_it_is_ended_by_the_next_run(live: Host, again: str) -> None:
     """Dead from then on, in its handlers, too."""
