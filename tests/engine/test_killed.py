@@ -3,10 +3,11 @@ where an undisturbed life does, with nothing made twice and nothing orphaned.
 
 The stand-ins do the killing, since they know the step (`Faults` in rehearsal/core.py): before it,
 once it has changed the world and before the engine is told, and once the engine has recorded it.
-`make kill STACK=every-kind` kills at every step of up, of an edit and of destroy; a sample is
-tested. The same without make:
+`make kill STACK=every-kind` kills at every step of up, of an edit and of destroy, of any stack; a
+sample is tested. The same without make, and of one victim at one moment:
 
     .venv/bin/python -m tests.engine.test_killed every-kind
+    .venv/bin/python -m tests.engine.test_killed metal engine after
 """
 
 import sys
@@ -19,8 +20,11 @@ import pytest
 
 from components.recovery import Engine, RecoveryError, recover
 from rehearsal.run import Secret
-from tests.engine.conftest import P510, StackRehearsal
+from tests.engine.conftest import P510, K3dRehearsal, StackRehearsal
 from tests.engine.every_kind import EveryKind, Few, state, world
+from tests.engine.test_metal import Metal
+from tests.engine.test_tower import Tower
+from tests.engine.test_truenas import TrueNAS
 
 pytestmark = pytest.mark.engine
 
@@ -57,14 +61,24 @@ def outlive(stack: StackRehearsal, verb: Verb, faults: Sequence[Fault]) -> list[
 
 
 def edit(stack: StackRehearsal) -> None:
-    """A Secret more, and another hostname and origin for a route: steps of each method."""
-    with stack.edited() as settings:
-        route = settings["tunnels"]["p510"]["routes"][-1]
-        route.update(hostname="odin.example.org", service="http://localhost:9000")
-        settings["secrets"]["factory"]["grafana"] = {"data": {"password": Secret("made up")}}
+    """A Secret more, and of what there is one changed and one gone: steps of each method."""
+    with StackRehearsal.edited(stack) as settings:
+        secrets = settings.setdefault("secrets", {}).setdefault("factory", {})
+        secrets["grafana"] = {"data": {"password": Secret("made up")}}
+        if "tunnels" in settings:
+            route = [*settings["tunnels"].values()][-1]["routes"][-1]
+            route.update(hostname="odin.example.org", service="http://localhost:9000")
+        if "longhorn" in settings.get("storage", {}):
+            jobs = settings["storage"]["longhorn"]["jobs"]
+            del jobs["hourly"]
+            jobs["nightly"]["retain"] = 2
+        if "multus" in settings.get("network", {}):
+            settings["network"]["multus"]["networks"].pop()
+        if "traefik" in settings.get("network", {}):
+            settings["network"]["traefik"]["address"] = "192.168.1.244"
 
 
-def assert_same(stack: P510, undisturbed: P510) -> None:
+def assert_same(stack: StackRehearsal, undisturbed: StackRehearsal) -> None:
     assert state(stack) == state(undisturbed)
     assert world(stack) == world(undisturbed)
 
@@ -109,7 +123,12 @@ def test_a_life_that_is_killed_at_eight_points_ends_where_an_undisturbed_one_doe
 # Every step
 
 
-def everywhere(make: Callable[[Path], P510], directory: Path) -> int:
+def everywhere(
+    make: Callable[[Path], StackRehearsal],
+    directory: Path,
+    victims: Sequence[str] = VICTIMS,
+    moments: Sequence[str] = MOMENTS,
+) -> int:
     """Kills each victim at each moment of each step, all steps of a victim and a moment in one
     life. Returns the number of kill points.
     """
@@ -121,8 +140,8 @@ def everywhere(make: Callable[[Path], P510], directory: Path) -> int:
     gone.confirm_destroy()
     gone.destroy()
     points = 0
-    for victim in VICTIMS:
-        for moment in MOMENTS:
+    for victim in victims:
+        for moment in moments:
             stack = make(directory / f"{victim}-{moment}")
             each = {"whom": victim, "when": moment, "each": True}
             faults = [{**each, "method": method} for method in ("Create", "Update", "Delete")]
@@ -140,15 +159,33 @@ def everywhere(make: Callable[[Path], P510], directory: Path) -> int:
     return points
 
 
-def stack_named(name: str) -> Callable[[Path], P510]:
-    """p510; `every-kind`, of whose resources it has one or two of each kind; or `few` of them."""
-    known: dict[str, Callable[[Path], P510]] = {"p510": P510, "every-kind": EveryKind, "few": Few}
+class P620(K3dRehearsal):
+    """p620 with a cluster of its own: not as the one to which p510's moves."""
+
+    name = "p620"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        with self.edited() as settings:
+            settings["cluster"]["enabled"] = True
+            del settings["cluster"]["movedFrom"]
+
+
+def stack_named(name: str) -> Callable[[Path], StackRehearsal]:
+    """A stack; `every-kind`, of p510's resources one or two of each kind; or `few` of them."""
+    known: dict[str, Callable[[Path], StackRehearsal]] = {
+        **{stack.name: stack for stack in (P510, P620, Metal, Tower, TrueNAS)},
+        **{"every-kind": EveryKind, "few": Few},
+    }
     if name not in known:
         sys.exit(f"no kill matrix of stack {name!r}; there are: {', '.join(known)}")
     return known[name]
 
 
 if __name__ == "__main__":
+    whose, *only = sys.argv[1:]
     with tempfile.TemporaryDirectory() as temporary:
-        number = everywhere(stack_named(sys.argv[1]), Path(temporary))
+        number = everywhere(
+            stack_named(whose), Path(temporary), only[:1] or VICTIMS, only[1:2] or MOMENTS
+        )
     print(f"killed at {number} points, recovered from each")
