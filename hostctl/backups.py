@@ -630,6 +630,8 @@ def scratch_database(
     database = f"homelab_verify_{machine.nonce()}"
     scratch = {key: item[key] for key in ("namespace", "workload", "container", "user")}
     scratch["database"] = database
+    # That dropdb knows no --force, before PostgreSQL 13, shows before there is anything to drop.
+    drop_database(machine, cluster, item, database, step)
     with cluster_lock(machine, cluster.name):
         known = read_record(machine, cluster.name).get("scratch") or []
         write_record(machine, cluster.name, scratch=[*known, scratch])

@@ -311,6 +311,13 @@ def test_a_killed_verification_leaves_a_database_that_the_next_run_drops(postgre
     host.done("backup", "verify", spec=SPEC)
     assert databases(host) == theirs | {"skillai", "postgres"}
 
+    # PostgreSQL 12: what could not be dropped is not made.
+    put_aside(host, "dropdb", """echo "dropdb: unrecognized option '--force'" >&2; exit 1""")
+    error = host("backup", "verify", spec=SPEC)["error"]
+    put_back(host, "dropdb")
+    assert "unrecognized option" in error["cause"]
+    assert databases(host) == theirs | {"skillai", "postgres"}
+
 
 def test_another_password_of_a_role_is_in_the_database_and_in_no_log(postgres: Host) -> None:
     host = postgres
