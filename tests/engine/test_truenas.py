@@ -6,12 +6,14 @@ Its URNs are pinned in urns.truenas.txt as p510's are. When a resource comes or 
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.recovery import run_again
 from tests.engine.conftest import (
     K3dRehearsal,
     assert_state_is_rebuilt,
@@ -226,6 +228,18 @@ def test_another_pod_network_is_no_edit_of_a_cluster_that_is_there(truenas):
     assert "fixed when it is created" in error
     assert "--flannel-backend=none" in error
     assert "homelab:cluster.recreate" in error
+
+
+def test_what_an_update_of_the_nas_left_behind_is_made_again(truenas):
+    """docs/host.md: the system's own directories are those of the new version."""
+    state, said = truenas.host_file("/var/lib/homelab"), []
+    before = sorted(path.name for path in state.iterdir())
+    before_cluster = truenas.outputs()["cluster"]
+    shutil.rmtree(state)
+    run_again(truenas.engine(said), truenas.settings["host"]["address"])
+    assert sorted(path.name for path in state.iterdir()) == before
+    assert truenas.outputs()["cluster"] == before_cluster
+    assert planned(truenas.up()) == set()
 
 
 def test_destroy_takes_out_the_cluster_its_networks_and_nothing_else(truenas):
