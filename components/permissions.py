@@ -99,14 +99,14 @@ class Permissions:
         self, account: settings.Cloudflare, tunnels: Mapping[str, settings.Tunnel]
     ) -> None:
         self._account = account
-        self._token = account.api_token.get_secret_value()
+        token = account.api_token.get_secret_value()
         self._needed, self._more = reads(account, tunnels)
         asked = [*self._needed, *self._more]
         pool = ThreadPoolExecutor(len(asked))
         secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())
         opener = urllib.request.build_opener(_Direct, secure)
         self._answers: dict[Read, Future[Answer]] = {
-            read: pool.submit(_ask, opener, read.path, self._token) for read in asked
+            read: pool.submit(_ask, opener, read.path, token) for read in asked
         }
         pool.shutdown(wait=False)
 
@@ -132,10 +132,10 @@ class Permissions:
             )
         unseen = [answer for answer in answers.values() if answer.state == "unseen"]
         if unseen:
-            details = dict.fromkeys(self._without_token(answer.detail) for answer in unseen)
+            details = dict.fromkeys(answer.detail for answer in unseen)
             pulumi.log.warn(
                 f"{_SETTING}: {len(unseen)} of {len(answers)} looks at what the token may do got no"
-                f" answer from Cloudflare, so that a wrong permission shows at the resource that"
+                " answer from Cloudflare, so that a wrong permission shows at the resource that"
                 f" needs it: {'; '.join(details)}"
             )
         refused = [read for read in self._needed if answers[read].state == "refused"]
@@ -144,8 +144,7 @@ class Permissions:
                 f"{_SETTING}: {len(refused)} permission(s) that this stack needs are refused by"
                 " Cloudflare; nothing was changed:\n"
                 + "\n".join(
-                    f"  {read.permission}, for {read.needed_for}:"
-                    f" {self._without_token(answers[read].detail)}"
+                    f"  {read.permission}, for {read.needed_for}: {answers[read].detail}"
                     for read in refused
                 )
                 + f"\n  Allowed: {self._allowed}.\n  Remedy: give the token what is missing in"
@@ -167,16 +166,16 @@ class Permissions:
             elif others := _others(answers[read].result, self._account.zones.values()):
                 yield f"Zone {_some(others)}: {read.permission}"
 
-    def _without_token(self, text: str) -> str:
-        return text.replace(self._token, "[secret]")
-
 
 def _others(result: Any, own: Iterable[str]) -> list[str]:
     """The names of the zones that are not the stack's own, by their ids."""
     known = set(own)
-    zones = [zone for zone in result or [] if isinstance(zone, dict)]
-    others = [zone for zone in zones if zone.get("id") not in known]
+    others = [zone for zone in _objects(result) if str(zone.get("id")) not in known]
     return sorted(_printable(str(zone.get("name"))) for zone in others)
+
+
+def _objects(told: Any) -> list[dict[str, Any]]:
+    return [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
 
 
 def _some(names: list[str]) -> str:
@@ -196,8 +195,8 @@ def _ask(opener: urllib.request.OpenerDirector, path: str, token: str) -> Answer
     base = os.environ.get("CLOUDFLARE_BASE_URL") or "https://api.cloudflare.com/client/v4"
     # Cloudflare bans the name by which Python's client calls itself.
     headers = {"Authorization": f"Bearer {token}", "User-Agent": "homelab"}
-    request = urllib.request.Request(f"{base.rstrip('/')}/{path}", headers=headers)
     try:
+        request = urllib.request.Request(f"{base.rstrip('/')}/{path}", headers=headers)
         try:
             with opener.open(request, timeout=_SECONDS) as answer:
                 status, content = answer.status, answer.read()
@@ -206,7 +205,8 @@ def _ask(opener: urllib.request.OpenerDirector, path: str, token: str) -> Answer
                 status, content = refusal.code, refusal.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         return Answer("unseen", _printable(str(getattr(error, "reason", "") or error)))
-    return _understood(status, content)
+    # Nobody has a reason to repeat it; what is said here is shown.
+    return _understood(status, content.replace(token.encode(), b"[secret]"))
 
 
 def _understood(status: int, content: bytes) -> Answer:
@@ -219,7 +219,7 @@ def _understood(status: int, content: bytes) -> Answer:
         return Answer("unseen", f"status {status}, not in the form of Cloudflare's API")
     if status == 200 and told["success"]:
         return Answer("may", result=told.get("result"))
-    errors = [error for error in told.get("errors") or [] if isinstance(error, dict)]
+    errors = _objects(told.get("errors"))
     said = "; ".join(f"{error.get('message')} ({error.get('code')})" for error in errors)
     detail = _printable(f"{status} {said}".strip())
     # 408 and 429 say when it was asked, not who asked.

@@ -1,9 +1,9 @@
 """Stand-in for what a program asks of Cloudflare's API itself: what its token may read.
 
-One server of this process, on loopback, answers for every rehearsal: a rehearsal's address names
-its directory. Its token is made up. It may do exactly what the tunnels of the stack file need,
-unless `token.json` of the directory says otherwise: status by pattern (fnmatch) of `METHOD path`,
-the first that fits; for `GET zones` also the names of the zones that are listed:
+One server of this process, on loopback, answers for every rehearsal: the address names directory
+and stack. The token is made up. It may do exactly what the tunnels of the stack file need, unless
+`token.json` of the directory says otherwise: status by pattern (fnmatch) of `METHOD path`, the
+first that fits; for `GET zones` also the names of the zones that are listed:
 
     {"GET user/tokens": 200, "GET zones": ["example.net"], "POST zones/*/dns_records": 403}
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ _ZONES_REFUSED = (
 )
 
 
-def address(directory: Path) -> str:
-    """Where the stand-in answers for the rehearsal in a directory."""
-    return f"http://127.0.0.1:{_server().server_port}{quote(str(directory))}{_BELOW.rstrip('/')}"
+def address(directory: Path, stack: str) -> str:
+    """Where the stand-in answers for a stack that is rehearsed in a directory."""
+    place = quote(f"{directory}/{stack}")
+    return f"http://127.0.0.1:{_server().server_port}{place}{_BELOW.rstrip('/')}"
 
 
 def says(directory: Path, method: str, path: str) -> Any:
@@ -75,44 +76,48 @@ def refusal(status: int, path: str) -> dict[str, Any]:
     return {"success": False, "errors": [error], "messages": [], "result": None}
 
 
-def _stacks(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Account and tunnels of each stack file: the program's own, and those that it compares."""
-    for file in (directory / "project").glob("Pulumi.*.yaml"):
+class _Stack:
+    """What the stack file says of Cloudflare."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        file = directory / "project" / f"Pulumi.{name}.yaml"
         config = yaml.safe_load(file.read_text()).get("config") or {}
-        if config.get("homelab:cloudflare") and config.get("homelab:tunnels"):
-            yield config["homelab:cloudflare"], config["homelab:tunnels"]
+        self._account: dict[str, Any] = config.get("homelab:cloudflare") or {}
+        self._tunnels: dict[str, Any] = config.get("homelab:tunnels") or {}
 
-
-def _needed(directory: Path) -> set[str]:
-    """The lists that a token with just what the tunnels need can read."""
-    found: set[str] = set()
-    for account, tunnels in _stacks(directory):
-        found.add(f"accounts/{account['accountId']}/cfd_tunnel")
-        for route in (route for one in tunnels.values() for route in one.get("routes") or []):
+    def needed(self) -> set[str]:
+        """The lists that a token with just what the tunnels need can read."""
+        if not self._tunnels:
+            return set()
+        id, zones = self._account["accountId"], self._account["zones"]
+        found = {f"accounts/{id}/cfd_tunnel"}
+        for route in (route for one in self._tunnels.values() for route in one.get("routes") or []):
             if route.get("access"):
-                found.add(f"accounts/{account['accountId']}/access/apps")
-            holding = [z for z in account["zones"] if f".{route['hostname']}".endswith(f".{z}")]
-            found.add(f"zones/{account['zones'][max(holding, key=len)]}/dns_records")
-    return found
+                found.add(f"accounts/{id}/access/apps")
+            holding = [zone for zone in zones if f".{route['hostname']}".endswith(f".{zone}")]
+            found.add(f"zones/{zones[max(holding, key=len)]}/dns_records")
+        return found
 
-
-def _zones(directory: Path, names: Iterable[str]) -> list[dict[str, str]]:
-    known = {name: id for account, _ in _stacks(directory) for name, id in account["zones"].items()}
-    made_up = {name: hashlib.md5(name.encode()).hexdigest() for name in names}
-    return [{"id": known.get(name, made_up[name]), "name": name} for name in names]
+    def zones(self, names: Iterable[str]) -> list[dict[str, str]]:
+        """Zones as they are listed: the stack's own with their ids, others with made-up ones."""
+        own: dict[str, str] = self._account["zones"]
+        return [
+            {"id": own.get(name) or hashlib.md5(name.encode()).hexdigest(), "name": name}
+            for name in names
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         place, below, path = parts.path.partition(_BELOW)
-        directory = Path(unquote(place))
-        if not below or not (directory / "project").is_dir():
+        directory, stack = Path(unquote(place)).parent, Path(unquote(place)).name
+        if not below or not (directory / "project" / f"Pulumi.{stack}.yaml").exists():
             self._answer(404, refusal(404, path))
             return
         with (directory / "asked.txt").open("a") as asked:
             asked.write(f"GET {path}\n")
-        status, result = self._status(directory, path, parse_qs(parts.query))
+        status, result = self._status(directory, stack, path, parse_qs(parts.query))
         if status == 200:
             body = {"success": True, "errors": [], "messages": [], "result": result}
         else:
@@ -120,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, body)
 
     def _status(
-        self, directory: Path, path: str, query: Mapping[str, list[str]]
+        self, directory: Path, stack: str, path: str, query: Mapping[str, list[str]]
     ) -> tuple[int, list[dict[str, str]]]:
         bounds = next((b for p, b in _LISTS.items() if _is(path, p)), None)
         if bounds is None or query.keys() - {"per_page"}:
@@ -135,8 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 400, []
         said = says(directory, "GET", path)
         if isinstance(said, list):
-            return 200, _zones(directory, said)
-        return said or (200 if path in _needed(directory) else 403), []
+            return 200, _Stack(directory, stack).zones(said)
+        return said or (200 if path in _Stack(directory, stack).needed() else 403), []
 
     def _answer(self, status: int, body: Mapping[str, Any]) -> None:
         content = json.dumps(body).encode()

@@ -266,7 +266,7 @@ class Rehearsal:
             "PATH": f"{PLUGINS}{os.pathsep}{_tools_path()}",
             "PYTHONPATH": str(CHECKOUT),
             MARKER: str(self.directory),
-            "CLOUDFLARE_BASE_URL": api.address(self.directory),
+            "CLOUDFLARE_BASE_URL": api.address(self.directory, self.stack),
             "HOMELAB_REHEARSAL_PYTHON": sys.executable,
             "PULUMI_BACKEND_URL": f"file://{self.directory / 'state'}",
             "PULUMI_HOME": str(self.directory / "home"),

@@ -58,9 +58,12 @@ class Program(Rehearsal):
         root = str(self.directory / "project")
         pulumi.runtime.settings.SETTINGS.root_directory = root  # pyright: ignore[reportAttributeAccessIssue]
         given = self.given if config is None else config
+        # The stand-in of Cloudflare's API reads in it what the token needs.
+        file = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
+        file.write_text(json.dumps({"config": given}))
         texts = {key: v if type(v) is str else json.dumps(v) for key, v in given.items()}
         pulumi.runtime.set_all_config(texts)
-        os.environ["CLOUDFLARE_BASE_URL"] = api.address(self.directory)
+        os.environ["CLOUDFLARE_BASE_URL"] = api.address(self.directory, self.stack)
         try:
             pulumi.runtime.test(lambda: runpy.run_path(str(CHECKOUT / "__main__.py")))()
         finally:

@@ -54,7 +54,7 @@ def declared(*routes: dict[str, Any]) -> tuple[settings.Cloudflare, dict[str, se
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of the stand-in of Cloudflare's API."""
     (tmp_path / "project").mkdir()
-    monkeypatch.setenv("CLOUDFLARE_BASE_URL", api.address(tmp_path))
+    monkeypatch.setenv("CLOUDFLARE_BASE_URL", api.address(tmp_path, "test"))
     return tmp_path
 
 
@@ -242,7 +242,8 @@ def test_an_api_that_says_nothing_is_waited_for_in_vain_for_a_while(
 ):
     monkeypatch.setattr(permissions, "_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("CLOUDFLARE_BASE_URL", "http://127.0.0.1:%d" % silent.getsockname()[1])
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("CLOUDFLARE_BASE_URL", f"http://127.0.0.1:{port}")
         [warning] = check(OPEN)
     assert warning.endswith(": timed out")
 
@@ -255,6 +256,7 @@ def test_an_api_that_says_nothing_is_waited_for_in_vain_for_a_while(
         (200, "{}"),
         (200, "welcome to this hotel"),
         (200, '{"success": "yes"}'),
+        (200, '"success"'),
     ],
 )
 def test_who_answers_in_cloudflares_place_says_nothing_of_the_token(
@@ -264,6 +266,29 @@ def test_who_answers_in_cloudflares_place_says_nothing_of_the_token(
         monkeypatch.setenv("CLOUDFLARE_BASE_URL", address)
         [warning] = check(OPEN)
     assert warning.endswith(f": status {status}, not in the form of Cloudflare's API")
+
+
+@pytest.mark.parametrize("address", ["https://", "cloudflare", "ftp://[::1"])
+def test_an_address_that_is_none_is_said(
+    check: Check, monkeypatch: pytest.MonkeyPatch, address: str
+):
+    monkeypatch.setenv("CLOUDFLARE_BASE_URL", address)
+    [warning] = check(OPEN)
+    assert "7 of 7 looks" in warning
+
+
+def test_what_answers_in_a_strange_form_breaks_nothing(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+):
+    for content in ('{"success": true, "result": 1}', '{"success": true, "result": [1, {}]}'):
+        with served(200, content) as (address, _):
+            monkeypatch.setenv("CLOUDFLARE_BASE_URL", address)
+            [warning] = check(OPEN)
+        assert "User: API Tokens Read" in warning
+    with served(403, '{"success": false, "errors": 1}') as (address, _):
+        monkeypatch.setenv("CLOUDFLARE_BASE_URL", address)
+        with pytest.raises(pulumi.RunError, match="for tunnel media: 403\n"):
+            check(OPEN)
 
 
 def test_the_token_goes_to_no_other_address(check: Check, monkeypatch: pytest.MonkeyPatch):
