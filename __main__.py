@@ -20,6 +20,7 @@ from components.network.metallb import MetalLB, MetalLBArgs
 from components.network.multus import Multus, MultusArgs
 from components.network.traefik import Traefik, TraefikArgs
 from components.ownership import Ownership
+from components.permissions import Permissions
 from components.secrets import Secrets, SecretsArgs, read_values
 from components.storage.live import check_classes, check_nodes
 from components.storage.tiers import Storage, StorageArgs
@@ -31,6 +32,7 @@ name = stack.cluster.name
 
 # All that can refuse comes before the first resource.
 connection = Connection(stack.host)
+permissions = Permissions.read(stack)
 if stack.argocd:
     read_kubeconfigs(stack.argocd, pulumi.get_stack())
 live, revision, values = connection.read(
@@ -49,6 +51,8 @@ if live.answers:
         )
     )
 check_nodes(stack.storage, live.nodes, stack.node_names)
+if permissions:
+    permissions.check()
 live.announce()
 if stack.tailscale:
     warn_of_sidecars(stack.tailscale)

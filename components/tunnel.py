@@ -64,11 +64,7 @@ _CONTAINER_SECURITY: kubernetes.core.v1.SecurityContextArgsDict = {
 
 
 def cloudflare_provider(account: settings.Cloudflare) -> cloudflare.Provider:
-    """The one Cloudflare provider of a stack.
-
-    Its API token needs the permissions Account / Cloudflare Tunnel Edit, Account / Access: Apps and
-    Policies Edit, and Zone / DNS Edit.
-    """
+    """The one Cloudflare provider of a stack. What its API token needs: components.permissions."""
     return cloudflare.Provider(
         "cloudflare", api_token=pulumi.Output.secret(account.api_token.get_secret_value())
     )

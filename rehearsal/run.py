@@ -6,7 +6,8 @@ nothing of the user's, and one process a run (to measure it, or to kill it).
 
 Everything is below one directory: project/ (Pulumi.yaml, whose `main` is the program where it lies,
 and the stack file), state/ (the file backend), home/ (PULUMI_HOME), world/ (what the stand-ins
-made), faults.json (what they shall do wrong), events/ (one JSON event a line, a file a run).
+made), faults.json (what they shall do wrong), token.json (what Cloudflare's API token may do),
+asked.txt (what was asked of Cloudflare's API), events/ (one JSON event a line, a file a run).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import yaml
 from pulumi.automation.events import EngineEvent, StepEventMetadata
 from typing_extensions import Self
 
+from rehearsal import api
 from rehearsal.core import MARKER, REALLY
 from setup.command import resolve, search_path
 
@@ -277,6 +279,7 @@ class Rehearsal:
             "PATH": f"{PLUGINS}{os.pathsep}{_tools_path()}",
             "PYTHONPATH": str(CHECKOUT),
             MARKER: str(self.directory),
+            "CLOUDFLARE_BASE_URL": api.address(self.directory, self.stack),
             "HOMELAB_REHEARSAL_PYTHON": sys.executable,
             "PULUMI_BACKEND_URL": f"file://{self.directory / 'state'}",
             "PULUMI_HOME": str(self.directory / "home"),
@@ -293,6 +296,12 @@ class Rehearsal:
     def set_faults(self, faults: Sequence[Mapping[str, Any]]) -> None:
         """What the stand-ins shall do wrong from now on."""
         (self.directory / "faults.json").write_text(json.dumps(list(faults)))
+
+    def set_token(self, may: Mapping[str, Any]) -> None:
+        """What Cloudflare says to the API token from now on, where it is not as the stack needs it
+        (see rehearsal.api).
+        """
+        (self.directory / "token.json").write_text(json.dumps(dict(may)))
 
     def _put_host(self, host: Any, cluster: Any) -> None:
         """What the settings say of the make-believe host, unless its world says otherwise: its init

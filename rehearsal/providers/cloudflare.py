@@ -19,6 +19,7 @@ import json
 import re
 import secrets
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, ClassVar
@@ -72,6 +73,15 @@ _KINDS = {
     POLICY: "policy",
     APPLICATION: "application",
 }
+
+_PATHS = {
+    TUNNEL: "accounts/{accountId}/cfd_tunnel",
+    CONFIGURATION: "accounts/{accountId}/cfd_tunnel/{tunnelId}/configurations",
+    RECORD: "zones/{zoneId}/dns_records",
+    POLICY: "accounts/{accountId}/access/policies",
+    APPLICATION: "accounts/{accountId}/access/apps",
+}
+"""Where the API makes one."""
 
 # Unknown in a preview of a creation, and of any change, unless it was given.
 _COMPUTED = {
@@ -180,6 +190,7 @@ class Cloudflare(Bridged):
         if request.preview:
             return "", self._foretold(request, UNKNOWN)
         wanted = self._settled(request)
+        self._permit(request.type, wanted)
         making: dict[str, Callable[[Properties], Properties]] = {
             TUNNEL: self._create_tunnel,
             CONFIGURATION: self._put_configuration,
@@ -317,6 +328,15 @@ class Cloudflare(Bridged):
                 )
                 raise _refused("GET", path, 400, 7003, message)
         return wanted
+
+    def _permit(self, token: str, wanted: Properties) -> None:
+        """Refuses to make what the made-up API token may not; unless said, it may make all."""
+        from rehearsal.api import says  # Not above: a preview does without, and it loads a server.
+
+        method = "PUT" if token == CONFIGURATION else "POST"
+        path = _PATHS[token].format_map(defaultdict(str, wanted))
+        if says(self.directory, method, path) == 403:
+            raise _refused(method, path, 403, 10000, "Authentication error")
 
     def _foretold(self, request: Request, id: Any) -> Properties:
         computed = {name: UNKNOWN for name in _COMPUTED[request.type]}
@@ -540,7 +560,7 @@ def _application_taken(application: Properties) -> Failure:
     return _refused("POST", path, 409, 11010, "access.api.error.application_already_exists")
 
 
-_STATUS = {400: "Bad Request", 404: "Not Found", 409: "Conflict"}
+_STATUS = {400: "Bad Request", 403: "Forbidden", 404: "Not Found", 409: "Conflict"}
 
 
 def _refused(method: str, path: str, status: int, code: int, message: str) -> Failure:

@@ -377,6 +377,11 @@ def test_neither_a_program_that_crashes_nor_a_provider_that_repeats_its_inputs_s
     story = Story(rehearsal, canaries.needles())
     story.see("a provider's failure", rehearsal.up("--continue-on-error", check=False))
     rehearsal.set_faults([])
+    # The token is sent to Cloudflare's API by the program itself.
+    rehearsal.set_token({"GET user/tokens": 200, "GET zones/*": 503, "GET accounts/*": 403})
+    story.see("a token that is refused", rehearsal.preview("--debug", check=False))
+    assert "permission(s) that this stack needs" in story.runs["a token that is refused"].stdout
+    rehearsal.set_token({})
     rehearsal.environment = {"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
     story.see("a crash", rehearsal.preview("--debug", check=False))
     story.see_files("after it")

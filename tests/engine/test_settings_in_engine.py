@@ -123,7 +123,7 @@ def test_a_stack_file_without_a_cluster_is_refused_by_the_name_of_the_setting(pr
 
 
 def test_a_stack_without_tunnels_neither_imports_nor_runs_cloudflares_package(tmp_path):
-    """Both are replaced by something that cannot be used."""
+    """Nor is Cloudflare asked anything. Both are replaced by something that cannot be used."""
     package = tmp_path / "pulumi_cloudflare"
     package.mkdir()
     for module in ("__init__", "_inputs"):
@@ -139,6 +139,7 @@ def test_a_stack_without_tunnels_neither_imports_nor_runs_cloudflares_package(tm
     stack.preview()
     stack.up()
     assert not (tmp_path / "started").exists()
+    assert not (stack.directory / "asked.txt").exists()
 
     tunnel = {
         "secret": Secret("bWFkZS11cCBzZWNyZXQgb2YgdHVubmVsIGZhY3Rvcnk="),

@@ -6,6 +6,7 @@ make-believe ones of a rehearsal. No engine, so that a stack costs a tenth of a 
 
 import json
 import logging
+import os
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pulumi
 from pulumi.runtime import mocks
 
+from rehearsal import api
 from rehearsal.providers import command
 from rehearsal.run import CHECKOUT, Rehearsal
 from tests.unit.conftest import Registered, _Mocks, _Monitor
@@ -56,11 +58,16 @@ class Program(Rehearsal):
         root = str(self.directory / "project")
         pulumi.runtime.settings.SETTINGS.root_directory = root  # pyright: ignore[reportAttributeAccessIssue]
         given = self.given if config is None else config
+        # The stand-in of Cloudflare's API reads in it what the token needs.
+        file = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
+        file.write_text(json.dumps({"config": given}))
         texts = {key: v if type(v) is str else json.dumps(v) for key, v in given.items()}
         pulumi.runtime.set_all_config(texts)
+        os.environ["CLOUDFLARE_BASE_URL"] = api.address(self.directory, self.stack)
         try:
             pulumi.runtime.test(lambda: runpy.run_path(str(CHECKOUT / "__main__.py")))()
         finally:
+            del os.environ["CLOUDFLARE_BASE_URL"]
             pulumi.runtime.set_all_config({})
             self.seen = monitor.registered()
         return self.seen

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib import request as web
+from urllib.error import HTTPError
 
 import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rehearsal import core, schemas
+from rehearsal import api, core, schemas
 from rehearsal.core import UNKNOWN, Exists, Failure, Request, Secret, World
 from rehearsal.providers import cloudflare, command, docker
 from rehearsal.providers.cloudflare import Cloudflare
@@ -803,6 +805,78 @@ def test_an_api_token_has_40_characters(service: Cloudflare, token: str, refused
 def test_credentials_are_needed(service: Cloudflare):
     with pytest.raises(Failure, match="must provide one of"):
         service.configure({})
+
+
+@pytest.mark.parametrize(
+    ("token", "inputs", "request_"),
+    [
+        (cloudflare.TUNNEL, TUN, f"POST accounts/{ACCOUNT}/cfd_tunnel"),
+        (cloudflare.RECORD, DNS, f"POST zones/{ZONE}/dns_records"),
+    ],
+)
+def test_what_the_api_token_may_not_make_is_refused(
+    service: Cloudflare, token: str, inputs: dict[str, Any], request_: str
+):
+    (service.directory / "token.json").write_text(json.dumps({request_: 403}))
+    with pytest.raises(Failure, match=r'403 Forbidden .*"code": 10000'):
+        make(service, token, "a", inputs)
+    (service.directory / "token.json").write_text("{}")
+    make(service, token, "a", inputs)
+
+
+@pytest.fixture
+def get(tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """GETs from the stand-in of Cloudflare's API, for a stack of one tunnel and one record."""
+    route = {"hostname": "a.example.org", "service": "http://localhost"}
+    account = {"accountId": ACCOUNT, "zones": {"example.org": ZONE, "lab.example.org": "d" * 32}}
+    tunnels = {"media": {"routes": [route]}}
+    config = {"homelab:cloudflare": account, "homelab:tunnels": tunnels}
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/Pulumi.dev.yaml").write_text(json.dumps({"config": config}))
+
+    def get(path: str, bearer: str = "Bearer " + "t" * 40) -> tuple[int, dict[str, Any]]:
+        asked = web.Request(
+            f"{api.address(tmp_path, 'dev')}/{path}", headers={"Authorization": bearer}
+        )
+        try:
+            with web.urlopen(asked) as answer:
+                return answer.status, json.load(answer)
+        except HTTPError as refusal:
+            with refusal:
+                return refusal.code, json.load(refusal)
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        (f"accounts/{ACCOUNT}/cfd_tunnel?per_page=1", 200, None),
+        (f"zones/{ZONE}/dns_records", 200, None),
+        (f"zones/{'d' * 32}/dns_records", 403, 10000),
+        (f"accounts/{ACCOUNT}/access/apps", 403, 10000),
+        (f"accounts/{ACCOUNT}/members", 403, 10000),
+        ("user/tokens", 403, 10000),
+        ("zones", 403, 0),
+        (f"accounts/{ACCOUNT}/members?per_page=1", 400, 7003),
+        ("zones?per_page=51", 400, 7003),
+        ("zones/example.org/dns_records", 400, 7003),
+        ("zones?name=example.org", 404, 7000),
+        ("accounts", 404, 7000),
+    ],
+)
+def test_what_a_token_with_just_what_is_needed_can_read(
+    get: Callable[..., Any], path: str, status: int, code: int | None
+):
+    found, body = get(path)
+    assert found == status
+    assert body["success"] == (code is None)
+    assert [error["code"] for error in body["errors"]] == ([] if code is None else [code])
+
+
+def test_who_brings_no_token_reads_nothing(get: Callable[..., Any]):
+    for bearer in ("", "t" * 40, "Bearer short"):
+        assert get(f"zones/{ZONE}/dns_records", bearer)[0] == 401
 
 
 TUNNELS = "cloudflare:index/getZeroTrustTunnelCloudflareds:getZeroTrustTunnelCloudflareds"
