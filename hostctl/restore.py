@@ -182,6 +182,9 @@ def backup_restore(machine: Machine, spec: dict[str, Any]) -> Result:
     name, confirmed = wanted["cluster"], wanted["confirm"] == wanted["cluster"]
     step = f"restoring {wanted['item']} of cluster {name}"
     item = _one(wanted["items"], wanted["item"], "item", step)
+    if wanted["into"] and wanted["in_place"]:
+        cause = f"into {wanted['into']} and in_place are two places"
+        raise Failure("bad-spec", step, cause, "name one of them")
     started = machine.now()
     with machine.lock(f"backup-{name}"):
         finish_swap(machine, name)

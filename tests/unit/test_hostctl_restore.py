@@ -178,6 +178,13 @@ def test_what_was_looked_at_takes_the_name_and_not_a_backup_that_was_taken_since
     assert restore(live, DATABASE)["taken"] > first["taken"]
 
 
+def test_a_database_is_not_restored_to_two_places_at_once(live: Host) -> None:
+    run(live, DATABASE)
+    error = restore(live, DATABASE, code=2, in_place=True, into="/mnt/new")
+    assert error["cause"] == "into /mnt/new and in_place are two places"
+    assert set(databases(live)) == {"skillai"}
+
+
 def test_a_database_that_is_gone_comes_back_under_its_name(live: Host) -> None:
     run(live, DATABASE)
     live.machine.set("databases.json", {WORKLOAD: {"other": {"content": "", "rows": ""}}})
