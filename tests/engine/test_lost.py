@@ -123,7 +123,7 @@ def change(stack: EveryKind) -> None:
         factory["connector"]["replicas"] = 3
         for route in factory["routes"]:
             access = {"emails": ["another@example.org"], "sessionDuration": "1h"}
-            route.update(service="http://localhost:9000", access=access)
+            route.update(service="http://other.factory.svc.cluster.local:80", access=access)
 
 
 def take_away(stack: EveryKind) -> None:
