@@ -79,6 +79,11 @@ def kind(urn: str) -> str:
     return re.sub(r" ?k3s-\w+(-\d)?", "", f"{of} {name}") if "Command" in of else of
 
 
+def kinds(lost: set[str]) -> set[str]:
+    """The kinds of the steps that lost their answers, by their short names."""
+    return {kind(step.partition(" ")[2]).rpartition(":")[2] for step in lost}
+
+
 KINDS_OF_P510 = {kind(urn) for urn in P510_URNS.read_text().splitlines()}
 KINDS_OF_TRUENAS = {kind(urn) for urn in TRUENAS_URNS.read_text().splitlines()}
 
@@ -118,7 +123,7 @@ def change(stack: EveryKind) -> None:
         factory["connector"]["replicas"] = 3
         for route in factory["routes"]:
             access = {"emails": ["another@example.org"], "sessionDuration": "1h"}
-            route.update(service="http://localhost:9000", access=access)
+            route.update(service="http://other.factory.svc.cluster.local:80", access=access)
 
 
 def take_away(stack: EveryKind) -> None:
@@ -131,30 +136,34 @@ def take_away(stack: EveryKind) -> None:
         del settings["argocd"]
 
 
+GATE = {"DnsRecord", "ZeroTrustAccessApplication", "ZeroTrustAccessPolicy"}
+CONNECTOR = {"Deployment", "NetworkPolicy", "PodDisruptionBudget", "Secret", "Service"}
+UPDATED = {"Deployment", "Namespace", "Secret", "ZeroTrustAccessPolicy"}
+DELETED = {"Container", "RemoteImage", *GATE, *CONNECTOR}
+IN_THE_CLUSTER = {"IPAddressPool", "L2Advertisement", "NetworkPolicy", "Release", "Service"}
+
+
 def test_what_was_changed_or_deleted_unheard_is_not_deleted_twice(tmp_path: Path) -> None:
     undisturbed = EveryKind(tmp_path / "undisturbed")
     undisturbed.up()
     stack = undisturbed.copy(tmp_path / "stack")
-    lost = set[str]()
-    for edit, method in ((change, "Update"), (take_away, "Delete")):
+    for edit, method, least in ((change, "Update", UPDATED), (take_away, "Delete", DELETED)):
         for life in (undisturbed, stack):
             edit(life)
         undisturbed.up()
-        lost |= go_through(stack, "up", [{"method": method, "each": True}])
+        lost = go_through(stack, "up", [{"method": method, "each": True}])
         assert_same(stack, undisturbed)
-    print("\n".join(sorted(lost)))
+        assert kinds(lost) >= least
 
 
-@pytest.mark.parametrize(("make", "number"), [(EveryKind, 0), (Metal, 12)])
 def test_a_destroy_that_hears_nothing_of_what_it_deleted_is_gone_through_with(
-    make: Callable[[Path], StackRehearsal], number: int, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    undisturbed = make(tmp_path / "undisturbed")
+    undisturbed = Metal(tmp_path / "undisturbed")
     undisturbed.up()
     undisturbed.confirm_destroy()
     stack = undisturbed.copy(tmp_path / "stack")
     undisturbed.destroy()
     lost = go_through(stack, "destroy", [{"method": "Delete", "each": True}])
-    print("\n".join(sorted(lost)))
-    assert len(lost) == number
     assert_same(stack, undisturbed)
+    assert kinds(lost) >= IN_THE_CLUSTER
