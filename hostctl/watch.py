@@ -63,6 +63,9 @@ def watch_run(machine: Machine, spec: dict[str, Any]) -> Result:
     """
     wanted = checked(spec, WATCH_SPEC, "watch run")
     name = wanted["cluster"]
+    if wanted["webhook"] and not wanted["webhook_file"]:
+        cause = f"webhook is {wanted['webhook']} and webhook_file is missing"
+        raise Failure("bad-spec", "watch run", cause, "give the file that holds the URL")
     with machine.lock(f"watch-{name}"):
         former = _report(machine, name) or {"checks": {}, "told": []}
         numbers: dict[str, float] = {}

@@ -37,7 +37,7 @@ _INIT = """
 set -e
 trap '' CHLD
 mount --make-rprivate /
-for directory in /etc /root /usr/lib /usr/local /var/lib; do
+for directory in /etc /mnt /root /usr/lib /usr/local /var/lib; do
     upper={root}/changes/upper$directory work={root}/changes/work$directory
     mkdir -p $upper $work
     mount -t overlay overlay -o lowerdir=$directory,upperdir=$upper,workdir=$work $directory

@@ -263,6 +263,11 @@ def test_a_message_that_was_not_taken_is_sent_by_the_next_run(
     assert len(hook.messages()) == 1
 
 
+def test_a_webhook_without_the_file_of_its_url_is_a_bad_spec(live: Host) -> None:
+    error = live("watch run", {**WATCH, "webhook": "ntfy"}, 2)
+    assert "webhook_file is missing" in error["cause"]
+
+
 def test_a_webhook_that_does_not_answer_is_bad_and_its_url_is_shown_nowhere(
     live: Host, hook: Hook
 ) -> None:
