@@ -241,9 +241,7 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
     name, program = spec["cluster"], spec["hostctl"]
     boot = f"homelab-{name}.service"
     seconds = spec["start_seconds"]
-    # All tries lie within one interval, so that their number is a bound (incident 2).
-    interval = (START_TRIES + 1) * (seconds + START_PAUSE_SECONDS)
-    recover = f"ExecStartPost=-{program} backup recover {name}\n" if spec["items"] else ""
+    recover = f"{program} backup recover {name}\n"
     texts = {}
     if spec["storage_dir"]:
         texts[boot] = (
@@ -252,36 +250,19 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
             # A Docker that is started again may publish no port (incident 1).
             "PartOf=docker.service\n"
             f"RequiresMountsFor={spec['storage_dir']}\n"
-            f"StartLimitBurst={START_TRIES}\n"
-            f"StartLimitIntervalSec={interval}\n\n"
-            "[Service]\n"
-            "Type=oneshot\n"
-            "RemainAfterExit=yes\n"
-            f"Environment=PATH={_PATH}\n"
-            f"ExecStart={program} k3d start {name}\n"
-            f"{recover}"
-            f"TimeoutStartSec={seconds}\n"
-            "Restart=on-failure\n"
-            f"RestartSec={START_PAUSE_SECONDS}\n\n"
-            "[Install]\n"
-            "WantedBy=multi-user.target docker.service\n"
+            + _at_boot(
+                f"ExecStart={program} k3d start {name}\n"
+                + (f"ExecStartPost=-{recover}" if spec["items"] else ""),
+                seconds,
+                "multi-user.target docker.service",
+            )
         )
     elif spec["items"]:
         # A power cut runs no ExecStopPost, and the timer's next run may be a week away.
         texts[boot] = (
-            _head(f"End what a backup of cluster {name} began") + f"After={K3S_UNITS['server']}\n"
-            f"StartLimitBurst={START_TRIES}\n"
-            f"StartLimitIntervalSec={interval}\n\n"
-            "[Service]\n"
-            "Type=oneshot\n"
-            "RemainAfterExit=yes\n"
-            f"Environment=PATH={_PATH}\n"
-            f"ExecStart={program} backup recover {name}\n"
-            f"TimeoutStartSec={seconds}\n"
-            "Restart=on-failure\n"
-            f"RestartSec={START_PAUSE_SECONDS}\n\n"
-            "[Install]\n"
-            "WantedBy=multi-user.target\n"
+            _head(f"End what a backup of cluster {name} began")
+            + f"After={K3S_UNITS['server']}\n"
+            + _at_boot(f"ExecStart={recover}", seconds, "multi-user.target")
         )
     job = (
         f"After={boot if boot in texts else K3S_UNITS['server']}\n\n"
@@ -328,6 +309,26 @@ def _unit_texts(spec: Mapping[str, Any]) -> dict[str, str]:
         )
         texts[f"homelab-{name}-watch.timer"] = _timer(f"Watch cluster {name}", spec["watch"])
     return texts
+
+
+def _at_boot(commands: str, seconds: int, wanted_by: str) -> str:
+    """The rest of a unit that runs once and is tried again. All tries lie within one interval, so
+    that their number is a bound (incident 2)."""
+    interval = (START_TRIES + 1) * (seconds + START_PAUSE_SECONDS)
+    return (
+        f"StartLimitBurst={START_TRIES}\n"
+        f"StartLimitIntervalSec={interval}\n\n"
+        "[Service]\n"
+        "Type=oneshot\n"
+        "RemainAfterExit=yes\n"
+        f"Environment=PATH={_PATH}\n"
+        f"{commands}"
+        f"TimeoutStartSec={seconds}\n"
+        "Restart=on-failure\n"
+        f"RestartSec={START_PAUSE_SECONDS}\n\n"
+        "[Install]\n"
+        f"WantedBy={wanted_by}\n"
+    )
 
 
 def _head(description: str) -> str:
