@@ -345,6 +345,11 @@ def docker_engine(host: settings.Host, connection: Connection) -> "docker.Provid
     return docker.Provider("docker", host=host.docker, ssh_opts=connection.ssh_options or None)
 
 
+def kubeconfig_path(cluster: str) -> str:
+    """Where the host keeps the way into a cluster that is none of k3d's, from the first up on."""
+    return f"/var/lib/homelab/kubeconfigs/{cluster}"
+
+
 def result(command: local.Command) -> pulumi.Output[dict[str, Any]]:
     """The JSON result that a hostctl verb printed."""
     return command.stdout.apply(json.loads)

@@ -20,7 +20,7 @@ from pulumi import automation
 from components import settings
 from components.cluster.k3s import node_spec
 from components.cluster.kinds import connections_of
-from components.host import Connection, HostError, Question, Unreachable
+from components.host import Connection, HostError, Question, Unreachable, kubeconfig_path
 from components.ownership import declared_key, deployment_name, other_owners, reference
 from components.storage.live import needs_of
 from components.units import units_spec
@@ -137,7 +137,7 @@ def owners(stack: settings.Settings, name: str, project: Path) -> Rows:
             declared[key] = inputs
     cluster, connection = stack.cluster.name, Connection(stack.host)
     k3d = isinstance(stack.cluster, settings.K3dCluster)
-    kubeconfig = None if k3d else f"/var/lib/homelab/kubeconfigs/{cluster}"
+    kubeconfig = None if k3d else kubeconfig_path(cluster)
     spec = {"cluster": cluster, "kinds": [], "kubeconfig": kubeconfig}
     try:
         [answer] = connection.results([(["cluster", "owners"], spec)])
@@ -238,7 +238,7 @@ def _common(stack: settings.Settings, connection: Connection) -> Rows:
     """What a stack of any kind has on its host and in its cluster: all in one call."""
     cluster = stack.cluster
     on_k3d = isinstance(cluster, settings.K3dCluster)
-    kubeconfig = cluster.kubeconfig.path if on_k3d else _kubeconfig_of(cluster)
+    kubeconfig = cluster.kubeconfig.path if on_k3d else kubeconfig_path(cluster.name)
     declared: dict[str, list[str]] = {}
     for secret in stack.declared_secrets():
         names = declared.setdefault(secret.namespace, [])
@@ -339,13 +339,11 @@ def _has_units(stack: settings.Settings) -> bool:
     return isinstance(stack.cluster, settings.K3dCluster) and stack.has_cluster
 
 
-def _kubeconfig_of(cluster: settings.K3sCluster | settings.ExistingCluster) -> str:
-    """Where the host keeps the way in, from the first up on."""
-    return f"/var/lib/homelab/kubeconfigs/{cluster.name}"
-
-
 def _nodes_question(cluster: settings.K3sCluster | settings.ExistingCluster) -> Question:
-    return ["cluster", "inspect"], {"name": cluster.name, "kubeconfig": _kubeconfig_of(cluster)}
+    return ["cluster", "inspect"], {
+        "name": cluster.name,
+        "kubeconfig": kubeconfig_path(cluster.name),
+    }
 
 
 def _nodes(cluster: settings.K3sCluster | settings.ExistingCluster, answer: Answer) -> Rows:

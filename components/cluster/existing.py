@@ -17,7 +17,15 @@ import yaml
 import homelab
 from components import settings
 from components.cluster import Cluster
-from components.host import Connection, Host, HostError, Reading, ask, this_machine
+from components.host import (
+    Connection,
+    Host,
+    HostError,
+    Reading,
+    ask,
+    kubeconfig_path,
+    this_machine,
+)
 from components.ownership import NOT_SEEN
 from components.settings.network import Span
 
@@ -257,7 +265,7 @@ class ExistingCluster(pulumi.ComponentResource):
         super().__init__("homelab:index:ExistingCluster", name, None, opts)
         declared, live = args.settings, args.live
         self.kubeconfig = pulumi.Output.secret(live.kubeconfig)
-        path = f"/var/lib/homelab/kubeconfigs/{declared.name}"
+        path = kubeconfig_path(declared.name)
         file = args.host.command(
             "kubeconfig",
             ["files", "write"],

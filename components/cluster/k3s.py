@@ -23,6 +23,7 @@ from components.host import (
     Reading,
     Unreachable,
     ask,
+    kubeconfig_path,
     result,
     this_machine,
 )
@@ -548,7 +549,7 @@ class K3sCluster(pulumi.ComponentResource):
                 made.apply(lambda seen: f"{declared.name}-{seen['identity']}")
             )
         )
-        path = f"/var/lib/homelab/kubeconfigs/{declared.name}"
+        path = kubeconfig_path(declared.name)
         file = args.host.command(
             "kubeconfig file",
             ["files", "write"],
