@@ -18,7 +18,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,22 +183,23 @@ class Machine:
         owner: str | None = None,
         group: str | None = None,
     ) -> None:
-        """Writes a file whole or not at all, never readable by more than in the end."""
-        directory = os.path.dirname(path)
-        descriptor, aside = tempfile.mkstemp(dir=directory, prefix=".hostctl-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
+        """Writes a file whole or not at all, never readable by more than in the end. What a write
+        that is killed leaves, the next one takes over and :meth:`remove` removes."""
+        aside = _aside(path)
+        descriptor = _new_file(aside)
+        with os.fdopen(descriptor, "wb") as file:
+            try:
                 file.write(content)
                 file.flush()
-                os.fchown(file.fileno(), *self._ids(owner, group))
-                os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-            raise
-        _sync(directory)
+                os.fchown(descriptor, *self._ids(owner, group))
+                os.fchmod(descriptor, mode)
+                os.fsync(descriptor)
+                os.replace(aside, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(aside)
+                raise
+        _sync(os.path.dirname(path))
 
     def publish(self, written: str, path: str) -> None:
         """Gives a file that was written aside its name, when all of it is on the disk."""
@@ -209,6 +209,8 @@ class Machine:
 
     def remove(self, path: str) -> bool:
         """Removes a file; False when there is none. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(_aside(path))
         try:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -218,17 +220,16 @@ class Machine:
 
     @contextlib.contextmanager
     def private_file(self, content: bytes) -> Iterator[str]:
-        """The path of a file with this content, which none but this user reads, and which is gone
-        afterwards. For a tool that takes a secret from a file alone: a kubectl that is a wrapper
-        reads its stdin twice, and then takes the ambient kubeconfig.
+        """The path of a file with this content, which none but this user reads, which is on no
+        disk, and which is gone afterwards, also when hostctl is killed. For a tool that takes a
+        secret from a file alone: a kubectl that is a wrapper reads its stdin twice, and then takes
+        the ambient kubeconfig.
         """
-        descriptor, path = tempfile.mkstemp(prefix=".hostctl-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            yield path
-        finally:
-            os.unlink(path)
+        with os.fdopen(os.memfd_create("hostctl"), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
     def set_access(self, path: str, mode: int, owner: str | None, group: str | None) -> None:
         """Gives a file or directory its mode and owner. Raises OSError, also for a link: one may
@@ -250,12 +251,15 @@ class Machine:
             return
         parent = os.path.dirname(path)
         self.make_directory(parent, 0o755)
-        aside = tempfile.mkdtemp(dir=parent, prefix=".hostctl-")
+        aside = _aside(path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(aside, 0o700)
         try:
             self.set_access(aside, mode, owner, group)
             os.rename(aside, path)
         except BaseException as failure:
-            os.rmdir(aside)
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(aside)
             if not (isinstance(failure, OSError) and os.path.isdir(path)):
                 raise
 
@@ -630,6 +634,35 @@ def _path() -> str:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _aside(path: str) -> str:
+    """Where a file or directory is until it is whole: one place for each, so that what a hostctl
+    that is killed leaves there is found again."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.hostctl")
+
+
+def _new_file(path: str) -> int:
+    """The descriptor of a new file, locked, that none but this user reads. One that a killed writer
+    left is removed first; a living writer's is waited for."""
+    while True:
+        try:
+            held, new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            try:
+                held, new = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), False
+            except FileNotFoundError:
+                continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(held)):
+                    if new:
+                        return os.dup(held)
+                    os.unlink(path)
+        finally:
+            os.close(held)
 
 
 def _sync(path: str) -> None:

@@ -92,6 +92,8 @@ else:
     provider_pb2_grpc = importlib.import_module("rehearsal._messages.provider_pb2_grpc")
     status_pb2 = importlib.import_module("rehearsal._messages.status_pb2")
 
+ASIDE = ".tmp"
+"""How the name of a file ends that a stand-in has not yet written whole."""
 MARKER = "HOMELAB_REHEARSAL"
 """The environment variable that marks a rehearsal and names its directory."""
 
@@ -422,7 +424,7 @@ class World:
 
     def _write_aside(self, target: Path, text: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = target.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
+        aside = target.with_name(f".{os.getpid()}-{threading.get_ident()}{ASIDE}")
         aside.write_text(text)
         return aside
 

@@ -297,15 +297,17 @@ class RehearsalMachine(Machine):
         # The host's own directories are there; hostctl makes what is below them.
         if path.count("/") == 2 or target.parent == self._file("/etc/systemd/system"):
             target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        aside = target.with_name(f".{target.name}.hostctl")
         aside.write_bytes(content)
         self.set_access(path, mode, owner, group, written=True)
         aside.replace(target)
 
     def remove(self, path: str) -> bool:
-        self._access(path).unlink(missing_ok=True)
-        there = self._file(path).exists()
-        self._file(path).unlink(missing_ok=True)
+        file = self._file(path)
+        for gone in (self._access(path), file.with_name(f".{file.name}.hostctl")):
+            gone.unlink(missing_ok=True)
+        there = file.exists()
+        file.unlink(missing_ok=True)
         return there
 
     @contextlib.contextmanager

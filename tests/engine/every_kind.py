@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rehearsal.core import ASIDE
 from tests.engine.conftest import P510, StackRehearsal
 
 # What each life makes up anew: ids of Cloudflare, of Docker and of the cluster, tokens, and how
@@ -61,7 +62,8 @@ def world(stack: StackRehearsal) -> Counter[str]:
     found = Counter[str]()
     for path in stack.world.rglob("*"):
         parts = path.relative_to(stack.world).parts
-        if path.is_file() and ".ids" not in parts and parts[:2] not in _OF_THE_WAY:
+        of_the_way = ".ids" in parts or parts[:2] in _OF_THE_WAY or path.suffix == ASIDE
+        if path.is_file() and not of_the_way:
             found[made_up("/".join(parts))] += 1
     return found
 

@@ -1702,6 +1702,50 @@ def test_real_machine_writes_atomically_with_final_mode(tmp_path: Path) -> None:
         machine.read(os.path.dirname(path))
 
 
+def test_what_a_killed_write_leaves_is_taken_over_and_a_living_one_is_waited_for(
+    tmp_path: Path,
+) -> None:
+    """A hostctl that is killed ends no `finally`: what it had written aside, a token perhaps, would
+    stay for ever."""
+    machine, path = Machine(), str(tmp_path / "token")
+    name = tmp_path / "names"
+
+    def killed_at(call: str, then: Callable[[], object]) -> None:
+        child = os.fork()
+        if not child:
+            setattr(os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            then()
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    for call in ("fsync", "replace"):
+        killed_at(call, lambda: machine.write_atomic(path, b"longer than the next", 0o644))
+        assert os.listdir(tmp_path) == [".token.hostctl"]
+    machine.write_atomic(path, b"next", 0o600)
+    assert os.listdir(tmp_path) == ["token"]
+    killed_at("replace", lambda: machine.write_atomic(path, b"another", 0o600))
+    assert len(os.listdir(tmp_path)) == 2
+    machine.remove(path)
+    assert os.listdir(tmp_path) == []
+
+    killed_at("rename", lambda: machine.make_directory(str(name), 0o750))
+    machine.make_directory(str(name), 0o750)
+    assert os.listdir(tmp_path) == ["names"]
+
+    contents = [bytes([65 + one]) * 70_000 for one in range(8)]
+    writers = [
+        threading.Thread(target=machine.write_atomic, args=(path, content, 0o600))
+        for content in contents
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        with contextlib.suppress(FileNotFoundError):
+            assert machine.read(path) in contents
+    assert machine.read(path) in contents
+    assert sorted(os.listdir(tmp_path)) == ["names", "token"]
+
+
 def test_real_machine_changes_no_access_through_a_link(tmp_path: Path) -> None:
     machine = Machine()
     file, link = tmp_path / "file", tmp_path / "link"
