@@ -18,13 +18,19 @@ class Chart:
 
 
 K3S = "rancher/k3s:v1.31.5-k3s1"
-CLOUDFLARED = "cloudflare/cloudflared:2025.8.1"
+CLOUDFLARED = (
+    "cloudflare/cloudflared:2025.8.1"
+    "@sha256:b77d84e8704db38db22c22661cf7e56468c526e3a6a5fe9c8b7c151452fa1472"
+)
 CURL = (
     "curlimages/curl:8.11.1@sha256:c1fe1679c34d9784c1b0d1e5f62ac0a79fca01fb6377cdd33e90473c6f9f9a69"
 )
 # The image that k3s itself brings for its volumes.
 LOOKUP = "rancher/mirrored-library-busybox:1.36.1"
-BUSYBOX = "docker.io/library/busybox:1.37.0"
+BUSYBOX = (
+    "docker.io/library/busybox:1.37.0"
+    "@sha256:bdf57e528e45e4433820e045b29b4597825a1c9e38353532d90a01445013f82e"
+)
 KUBE_VIP = "ghcr.io/kube-vip/kube-vip:v0.9.2"
 
 CEPH = "quay.io/ceph/ceph:v19.2.3"

@@ -81,7 +81,7 @@ def _run(engine: Engine, program: Callable[[settings.Settings], None], what: str
 
     def declared() -> None:
         pulumi.ComponentResource(_LOOK, "look")
-        program(settings.load())
+        program(settings.load(engine.directory))
 
     workspace = automation.LocalWorkspaceOptions(
         work_dir=str(engine.directory),

@@ -14,9 +14,11 @@ from components.settings.problem import Path, SettingsError
 from components.settings.stack import Settings
 
 
-def load() -> Settings:
+def load(project: FilePath | None = None) -> Settings:
     """The settings of the current stack that are in force. Raises SettingsError with all that is
     wrong in them, or with all that does not go with the other stacks of the project.
+
+    project: the directory of the stack files, for a program that the engine did not find in one.
 
     The engine hands over every key of the stack file, with the defaults of Pulumi.yaml and
     encrypted values decrypted. Keys of other namespaces are the providers' and not ours.
@@ -27,7 +29,7 @@ def load() -> Settings:
         for key, value in {**get_config_env(), **CONFIG.get()}.items()
         if key.startswith(NAMESPACE)
     }
-    project = FilePath(pulumi.runtime.get_root_directory() or ".")
+    project = project or FilePath(pulumi.runtime.get_root_directory() or ".")
     stack_file = _StackFile(project / name)
     settings = Settings.model_validate(
         config,

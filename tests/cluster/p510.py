@@ -32,8 +32,10 @@ for word; do last=$word; done
 exec sh -c "$last"
 """
 
+# An image that is built here has no digest by which a registry knows it.
+_CLOUDFLARED = versions.CLOUDFLARED.partition("@")[0]
 # Runs as any user without a capability, until it is told to stop.
-_CLOUDFLARED = """FROM node
+_CLOUDFLARED_FILE = """FROM node
 ENTRYPOINT ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1; done", "cloudflared"]
 """
 
@@ -47,6 +49,7 @@ class RealP510(Rehearsal):
         config, _ = with_made_up_secrets(stack_file["config"])
         self.settings = {key.removeprefix("homelab:"): value for key, value in config.items()}
         self.settings["cluster"]["resolvers"] = [_RESOLVER]
+        self.settings["tunnels"]["p510"]["connector"]["image"] = _CLOUDFLARED
         self.settings["host"]["init"] = "none"  # the host has neither systemd nor NixOS
         self.commit, self.settings["argocd"]["repository"] = _repository(directory / "repository")
         programs = directory / "bin"
@@ -70,7 +73,7 @@ class RealP510(Rehearsal):
         self.engine.run(["groupadd", "--force", "wheel"])
         for path, content in self._secret_files().items():
             self.write_file(path, content)
-        self.engine.build(versions.CLOUDFLARED, _CLOUDFLARED)
+        self.engine.build(_CLOUDFLARED, _CLOUDFLARED_FILE)
 
     def write_file(self, path: str, content: str) -> None:
         """Puts a file on the host, as agenix does when it decrypts a Secret."""

@@ -67,7 +67,8 @@ def edit(stack: StackRehearsal) -> None:
         secrets["grafana"] = {"data": {"password": Secret("made up")}}
         if "tunnels" in settings:
             route = [*settings["tunnels"].values()][-1]["routes"][-1]
-            route.update(hostname="odin.example.org", service="http://localhost:9000")
+            route["hostname"] = "odin.example.org"
+            route["service"] = route["service"].rpartition(":")[0] + ":9000"
         if "longhorn" in settings.get("storage", {}):
             jobs = settings["storage"]["longhorn"]["jobs"]
             del jobs["hourly"]
