@@ -33,10 +33,10 @@ _BOOT = (
     '[g["main"]([*v,"--exit-zero"],io.StringIO(json.dumps(s)))for v,s in r["questions"]]'
 )
 _INSTALL = (
-    "import base64,bz2,os,sys,tempfile;p=sys.argv[1];d=os.path.dirname(p);"
-    "os.makedirs(d,exist_ok=True);f,t=tempfile.mkstemp(dir=d);os.fchmod(f,0o755);"
-    'o=os.fdopen(f,"wb");o.write(bz2.decompress(base64.b64decode(sys.stdin.read())));o.flush();'
-    "os.fsync(f);o.close();os.replace(t,p)"
+    "import base64,bz2,fcntl,os,sys;c=bz2.decompress(base64.b64decode(sys.stdin.read()));"
+    'p=sys.argv[1];t=p+".new";d=os.path.dirname(p);os.makedirs(d,exist_ok=True);h=os.open(d,0);'
+    'fcntl.flock(h,2);o=open(t,"wb");os.fchmod(o.fileno(),0o755);o.write(c);o.flush();'
+    "os.fsync(o.fileno());o.close();os.replace(t,p);os.fsync(h)"
 )
 
 _TIME_LIMIT = pulumi.CustomTimeouts(create="1h", update="1h", delete="1h")

@@ -79,6 +79,20 @@ def test_a_command_updates_in_place_and_a_secret_one_logs_nothing(run_program, s
     assert ("Command", "hostctl") in command.depends_on
 
 
+def test_two_installs_at_once_after_one_that_was_killed_leave_one_whole_program(tmp_path):
+    link = connection(hostctl=str(tmp_path / "hostctl"))
+    (tmp_path / "hostctl.new").write_text("half of " * 100_000)
+    installs = [
+        subprocess.Popen(["sh", "-c", link.install_line()], stdin=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for install in installs:
+        install.communicate(link.program)
+    assert [install.returncode for install in installs] == [0, 0, 0, 0]
+    assert (tmp_path / "hostctl").read_text() == program.text()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hostctl"]
+
+
 def test_the_install_line_writes_the_program_atomically(tmp_path):
     path = tmp_path / "new directory" / "hostctl"
     link = connection(hostctl=str(path).replace(" ", "_"))
