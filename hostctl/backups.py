@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hostctl.cluster import Cluster, Node, look, parse_json
-from hostctl.cluster_backup import BACKUP_SPARE_BYTES, datastore_of, time_stamp, utc
-from hostctl.k3s_datastore import k3s_record
-from hostctl.k3s_node import K3S_BINARY, K3S_KUBECONFIG, k3s_look
-from hostctl.live import DATASTORE_IN_NODE, STORAGE_IN_NODE
+from hostctl.cluster import Cluster, parse_json
+from hostctl.cluster_backup import (
+    BACKUP_SECONDS,
+    BACKUP_SPARE_BYTES,
+    datastore_of,
+    time_stamp,
+    utc,
+)
+from hostctl.live import STORAGE_IN_NODE
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran
+from hostctl.postgres import (
+    drop_leftovers,
+    dump_database,
+    finish_rename,
+    measure_database,
+)
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, read_record, record_run, write_record
 from hostctl.restic import TARGET_ITEM, copy_out, open_repository
+from hostctl.running import kubectl_in_node, running_cluster
 from hostctl.spec import (
     CLUSTER_NAME,
     DNS_LABEL,
@@ -37,7 +46,6 @@ from hostctl.spec import (
 from hostctl.tools import run_tool
 from hostctl.waiting import size_text
 
-BACKUP_SECONDS = 24 * 3600.0
 SCALE_SECONDS = 600.0
 BACKUP_ITEM: dict[str, Any] = {
     "name": Value(DNS_LABEL),
@@ -177,36 +185,6 @@ def backup_recover(machine: Machine, spec: dict[str, Any]) -> Result:
     return {"recovered": recovered}
 
 
-def running_cluster(machine: Machine, name: str, doing: str) -> Cluster:
-    """The cluster, which runs: in Docker, or as k3s whose server is this machine."""
-    if k3s_record(machine, name):
-        return _own_server(machine, name, doing)
-    cluster = look(machine, name)
-    if cluster.state != "running":
-        remedy = "hostctl k3d ensure" if cluster.state == "absent" else "hostctl k3d start"
-        raise Failure(
-            "refused", f"{doing} cluster {name}", f"it is {cluster.state}", f"{remedy} {name}"
-        )
-    return cluster
-
-
-def _own_server(machine: Machine, name: str, doing: str) -> Cluster:
-    node = k3s_look(machine, name)
-    if node is None or node.role != "server" or node.state != "running":
-        state = "there is no k3s here" if node is None else f"this {node.role} is {node.state}"
-        raise Failure(
-            "refused",
-            f"{doing} cluster {name}",
-            state,
-            "run it on the server that is the stack's host (homelab:host); systemctl start k3s",
-        )
-    # What k3s has at a path is there for the machine, too.
-    places = ("/", STORAGE_IN_NODE, DATASTORE_IN_NODE)
-    facts = {"Mounts": [{"Destination": one, "Source": one} for one in places]}
-    own = Node(node.node or "", "server", "running", facts)
-    return Cluster(name, "running", "", [own], None, on_machine=True)
-
-
 def backups_beside(cluster: Cluster) -> str:
     storage = cluster.first.mount(STORAGE_IN_NODE)
     if not storage:
@@ -236,7 +214,7 @@ def _take(machine: Machine, name: str, item: Mapping[str, Any], keep: int) -> di
     say(f"backing up {item['name']} to {path}")
     try:
         if item["kind"] == "postgres":
-            _dump_database(machine, cluster, item, part)
+            _dump(machine, cluster, item, part)
         elif item["kind"] == "datastore":
             _copy_datastore(machine, cluster, part)
         else:
@@ -525,17 +503,6 @@ def _get(
     return parse_json(ran.out, step)
 
 
-def kubectl_in_node(
-    machine: Machine, cluster: Cluster, arguments: Sequence[str], step: str, **options: Any
-) -> Ran:
-    """Runs kubectl in the first server: it needs nothing of the host, and asks this cluster."""
-    attach = ["--interactive"] if "from_file" in options else []
-    argv = ["docker", "exec", *attach, cluster.first.name, "kubectl", *arguments]
-    if cluster.on_machine:
-        argv = [K3S_BINARY, "kubectl", f"--kubeconfig={K3S_KUBECONFIG}", *arguments]
-    return run_tool(machine, argv, step, "failed", **options)
-
-
 # The cluster's datastore
 
 
@@ -574,325 +541,9 @@ _SQLITE = "db/state.db"
 # Databases
 
 
-def _dump_database(machine: Machine, cluster: Cluster, item: Mapping[str, Any], part: str) -> None:
-    """pg_dump and pg_restore of the pod itself: always those of the server's version, over its
-    local socket, with no password anywhere."""
+def _dump(machine: Machine, cluster: Cluster, item: Mapping[str, Any], part: str) -> None:
     step = f"backing up database {item['namespace']}/{item['database']}"
-    first = os.path.basename(part).partition(".dump")[0]
-    size = _measure(machine, cluster, item, first, step)
+    size, written = measure_database(machine, cluster, item, part, step)
+    _refuse_stale(machine, item, written, step)
     require_room(machine, part, size, step)
-
-    def tick(waited: float) -> None:
-        say(f"{step}: {waited:.0f} s, {size_text(machine.file_bytes(part))}")
-
-    options: dict[str, Any] = {"timeout": BACKUP_SECONDS, "tick": tick, "ends_with_us": True}
-    dump = ["pg_dump", "--format=custom", *_login(item)]
-    in_pod(machine, cluster, item, dump, step, to_file=part, **options)
-    verify = f"verifying the backup of database {item['namespace']}/{item['database']}"
-    # Not --list, which reads the beginning alone and is content with a dump that was cut off.
-    restore = ["pg_restore", "--file=/dev/null"]
-    in_pod(machine, cluster, item, restore, verify, from_file=part, **options)
-
-
-def _measure(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], first: str, step: str
-) -> int:
-    """The size of the database. Refuses one whose counters of written rows have not moved for too
-    long; what they were, and the first backup that holds that, is kept in the cluster's record."""
-    query = (
-        f"select pg_database_size(datname), {_WRITTEN} "
-        "from pg_stat_database where datname = current_database()"
-    )
-    text = _psql(machine, cluster, item, item["database"], [query], step)
-    size, bar, mark = text.strip().partition("|")
-    if not bar or not size.isdigit():
-        raise Failure("failed", step, f"psql printed {text[:80]!r}", "run psql by hand")
-    written = read_record(machine, cluster.name).get("written") or {}
-    if (written.get(item["name"]) or {}).get("mark") != mark:
-        one = {"mark": mark, "since": machine.now(), "first": first}
-        write_record(machine, cluster.name, written={**written, item["name"]: one})
-        written = {item["name"]: one}
-    _refuse_stale(machine, item, written[item["name"]]["since"], step)
-    return int(size)
-
-
-def _login(item: Mapping[str, Any]) -> list[str]:
-    return ["--no-password", f"--username={item['user']}", f"--dbname={item['database']}"]
-
-
-@contextlib.contextmanager
-def scratch_database(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], step: str
-) -> Iterator[str]:
-    """The name of a database in the item's PostgreSQL that nobody else has, and which is dropped in
-    the end. It is in the record before it is made, so that `backup recover` drops it even after a
-    kill."""
-    database = f"homelab_verify_{machine.nonce()}"
-    scratch = {key: item[key] for key in ("namespace", "workload", "container", "user")}
-    scratch["database"] = database
-    # That dropdb knows no --force, before PostgreSQL 13, shows before there is anything to drop.
-    drop_database(machine, cluster, item, database, step)
-    with cluster_lock(machine, cluster.name):
-        known = read_record(machine, cluster.name).get("scratch") or []
-        write_record(machine, cluster.name, scratch=[*known, scratch])
-    try:
-        yield database
-    finally:
-        drop_scratch(machine, cluster, scratch, step)
-
-
-def drop_leftovers(machine: Machine, name: str) -> list[str]:
-    """Drops the scratch databases of verifications that were killed, and returns their names. The
-    caller holds the lock of backups. One that cannot be dropped now is tried again next time: it is
-    no reason to have no backup until then."""
-    dropped = []
-    for scratch in read_record(machine, name).get("scratch") or []:
-        step = f"dropping scratch database {scratch['namespace']}/{scratch['database']}"
-        try:
-            cluster = running_cluster(machine, name, f"{step} of")
-            drop_scratch(machine, cluster, scratch, step)
-        except Failure as failure:
-            say(f"{step}: {failure.cause}")
-        else:
-            dropped.append(f"{scratch['namespace']}/{scratch['database']}")
-    return dropped
-
-
-# The rows that PostgreSQL counted as written in a database, its own catalogs' too; the same text
-# whatever the time zone of who asks.
-_WRITTEN = (
-    "concat_ws('/', datid, extract(epoch from stats_reset), tup_inserted, tup_updated, tup_deleted)"
-)
-_LOOK = f"""select json_build_object(
-    'superuser', (select rolsuper from pg_roles where rolname = current_user),
-    'databases', coalesce(json_object_agg(datname, json_build_object(
-        'oid', oid::bigint,
-        'written', (select {_WRITTEN} from pg_stat_database where datid = oid),
-        'encoding', pg_encoding_to_char(encoding),
-        'collate', datcollate,
-        'ctype', datctype,
-        'provider', coalesce(to_jsonb(d)->>'datlocprovider', 'c'),
-        'locale', coalesce(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale')
-    )), '{{}}'))
-from pg_database d where datname in (%s)"""
-_END_CONNECTIONS = """do $$ begin
-    for n in 1..300 loop
-        perform pg_stat_clear_snapshot();
-        perform pg_terminate_backend(pid) from pg_stat_activity where datname in (%(names)s);
-        exit when not found;
-        perform pg_sleep(0.1);
-    end loop;
-end $$"""
-# What belongs to the database itself and is in no dump of its content. Values of the settings that
-# are lists of names are text of SQL already, which pg_dump's own code treats apart, too.
-_TAKE_NAME = """do $$
-declare
-    was pg_database;
-    owner text;
-    one record;
-    what text;
-begin
-    select * into was from pg_database where datname = '%(database)s';
-    if found then
-        owner := pg_get_userbyid(was.datdba);
-        execute format('alter database %%I owner to %%I', '%(restored)s', owner);
-        execute format('alter database %%I connection limit %%s', '%(restored)s', was.datconnlimit);
-        if was.datacl is not null then
-            execute format('revoke all on database %%I from public, %%I', '%(restored)s', owner);
-        end if;
-        for one in select * from aclexplode(was.datacl) loop
-            execute format(
-                'grant %%s on database %%I to %%s%%s', one.privilege_type, '%(restored)s',
-                case one.grantee when 0 then 'public'
-                    else quote_ident(pg_get_userbyid(one.grantee)) end,
-                case when one.is_grantable then ' with grant option' else '' end);
-        end loop;
-        for one in
-            select setrole, split_part(pair, '=', 1) as name,
-                substr(pair, strpos(pair, '=') + 1) as value
-            from pg_db_role_setting, unnest(setconfig) pair where setdatabase = was.oid
-        loop
-            what := case one.setrole when 0 then format('alter database %%I', '%(restored)s')
-                else format('alter role %%I in database %%I', pg_get_userbyid(one.setrole),
-                    '%(restored)s') end;
-            if one.name in ('search_path', 'temp_tablespaces', 'local_preload_libraries',
-                'session_preload_libraries') then
-                perform set_config(one.name, one.value, true);
-                execute format('%%s set %%I from current', what, one.name);
-            else
-                execute format('%%s set %%I to %%L', what, one.name, one.value);
-            end if;
-        end loop;
-        execute format('alter database %%I rename to %%I', '%(database)s', '%(before)s');
-        execute format('alter database %%I allow_connections true', '%(before)s');
-    end if;
-    execute format('alter database %%I rename to %%I', '%(restored)s', '%(database)s');
-    execute format('alter database %%I allow_connections true', '%(database)s');
-    if was.oid is not null then
-        execute format('comment on database %%I is %%L', '%(database)s',
-            shobj_description(was.oid, 'pg_database'));
-    end if;
-end $$"""
-
-
-def look_at_databases(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], names: Sequence[str], step: str
-) -> dict[str, Any]:
-    """`databases`: what PostgreSQL knows of each that is there; `superuser`: whether the item's
-    role is one."""
-    query = _LOOK % ", ".join(f"'{name}'" for name in names)
-    return json.loads(_psql(machine, cluster, item, _elsewhere(item), [query], step))
-
-
-def take_name(machine: Machine, name: str, renaming: Mapping[str, Any], step: str) -> None:
-    """Lets a restored database take the name of the one that it was made from, which is kept under
-    another. PostgreSQL renames none that somebody is connected to: connections are refused and
-    ended first; then both are renamed in one transaction.
-
-    What was begun is in the record, so that `finish_rename` ends it after a kill. The caller holds
-    the lock of backups."""
-    with cluster_lock(machine, name):
-        write_record(machine, name, renaming=dict(renaming))
-    cluster = running_cluster(machine, name, f"{step} of")
-    names = [renaming[key] for key in ("database", "restored")]
-    there = look_at_databases(machine, cluster, renaming, names, step)["databases"]
-    try:
-        # By its number, which no other has: a name may be given to another.
-        if (there.get(renaming["restored"]) or {}).get("oid") == renaming["oid"]:
-            _rename(machine, cluster, renaming, there, step)
-    except BaseException:
-        _connections(machine, cluster, renaming, there, "true", step)
-        with cluster_lock(machine, name):
-            write_record(machine, name, renaming=None)
-        raise
-    before = renaming["before"]
-    if look_at_databases(machine, cluster, renaming, [before], step)["databases"]:
-        words = _exec(renaming, ["dropdb", f"--username={renaming['user']}", before])
-        say(f"what was in {renaming['database']} is kept in database {before}; once it is of no "
-            f"use: kubectl {' '.join(words)}")  # fmt: skip
-    with cluster_lock(machine, name):
-        known = read_record(machine, name).get("restored") or {}
-        left = {item: one for item, one in known.items() if one["oid"] != renaming["oid"]}
-        write_record(machine, name, renaming=None, restored=left)
-
-
-def _rename(
-    machine: Machine,
-    cluster: Cluster,
-    renaming: Mapping[str, Any],
-    there: Mapping[str, Any],
-    step: str,
-) -> None:
-    _connections(machine, cluster, renaming, there, "false", step)
-    end = _END_CONNECTIONS % {"names": ", ".join(f"'{one}'" for one in there)}
-    _psql(machine, cluster, renaming, _elsewhere(renaming), [end], step)
-    # Who was connected has now told what it wrote.
-    now = look_at_databases(machine, cluster, renaming, list(there), step)["databases"]
-    refuse_written(machine, cluster.name, renaming, now, step)
-    _psql(machine, cluster, renaming, _elsewhere(renaming), [_TAKE_NAME % renaming], step)
-
-
-def finish_rename(machine: Machine, name: str) -> dict[str, Any] | None:
-    """Ends what a restore had begun that was killed while it gave a database its name, and returns
-    what that was. The caller holds the lock of backups."""
-    renaming = read_record(machine, name).get("renaming")
-    if renaming:
-        step = f"giving {renaming['restored']} the name {renaming['database']}"
-        take_name(machine, name, renaming, step)
-    return renaming
-
-
-def refuse_written(
-    machine: Machine,
-    name: str,
-    renaming: Mapping[str, Any],
-    there: Mapping[str, Any],
-    step: str,
-) -> None:
-    """Refuses to replace a database that somebody wrote to after the backup, or of which that
-    cannot be told, unless that is confirmed."""
-    now = there.get(renaming["database"])
-    if now is None or renaming["confirmed"]:
-        return
-    last = (read_record(machine, name).get("written") or {}).get(renaming["item"]) or {}
-    same = last.get("mark") == now["written"] and "first" in last
-    if same and renaming["taken"] >= last["first"]:
-        return
-    known = "first" in last
-    cause = (
-        f"{renaming['database']} was written to after the backup of {renaming['taken']}: its "
-        "counters of rows are no longer those of then"
-        if known
-        else f"whether {renaming['database']} was written to after the backup of "
-        f"{renaming['taken']} cannot be told: this host's record has no counters of rows of then"
-    )
-    remedy = (
-        f"to put the older one in its place: --in-place --confirm {name}; what is there now is "
-        "kept beside it, under another name"
-    )
-    raise Failure("refused", step, cause, remedy)
-
-
-def _connections(
-    machine: Machine,
-    cluster: Cluster,
-    item: Mapping[str, Any],
-    there: Mapping[str, Any],
-    allow: str,
-    step: str,
-) -> None:
-    alter = [f'alter database "{one}" allow_connections {allow}' for one in there]
-    _psql(machine, cluster, item, _elsewhere(item), alter, step)
-
-
-def _elsewhere(item: Mapping[str, Any]) -> str:
-    """The database to be connected to while the item's is renamed, as dropdb chooses it."""
-    return "template1" if item["database"] == "postgres" else "postgres"
-
-
-def _psql(
-    machine: Machine,
-    cluster: Cluster,
-    item: Mapping[str, Any],
-    database: str,
-    statements: Sequence[str],
-    step: str,
-) -> str:
-    """Runs statements, each in a transaction of its own, and returns what the last one shows."""
-    options = ["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
-    login = ["--no-password", f"--username={item['user']}", f"--dbname={database}"]
-    commands = [f"--command={one}" for one in statements]
-    return in_pod(machine, cluster, item, ["psql", *options, *login, *commands], step).text
-
-
-def drop_scratch(machine: Machine, cluster: Cluster, scratch: Mapping[str, Any], step: str) -> None:
-    drop_database(machine, cluster, scratch, scratch["database"], step)
-    with cluster_lock(machine, cluster.name):
-        known = read_record(machine, cluster.name).get("scratch") or []
-        write_record(machine, cluster.name, scratch=[one for one in known if one != scratch])
-
-
-def drop_database(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], database: str, step: str
-) -> None:
-    # By force: a pg_restore that outlived the hostctl that began it may still be connected.
-    user = [f"--username={item['user']}", "--no-password"]
-    in_pod(machine, cluster, item, ["dropdb", "--if-exists", "--force", *user, database], step)
-
-
-def in_pod(
-    machine: Machine,
-    cluster: Cluster,
-    item: Mapping[str, Any],
-    argv: Sequence[str],
-    step: str,
-    **options: Any,
-) -> Ran:
-    attach = ["--stdin"] if "from_file" in options else []
-    return kubectl_in_node(machine, cluster, _exec(item, argv, attach), step, **options)
-
-
-def _exec(item: Mapping[str, Any], argv: Sequence[str], options: Sequence[str] = ()) -> list[str]:
-    container = [f"--container={item['container']}"] if item["container"] else []
-    where = [item["workload"], f"--namespace={item['namespace']}", *container]
-    return ["exec", *options, *where, "--", *argv]
+    dump_database(machine, cluster, item, part, step)

@@ -51,7 +51,7 @@ from hostctl.move import (
     move_withdraw,
 )
 from hostctl.owners import cluster_owners
-from hostctl.passwords import postgres_password
+from hostctl.postgres import postgres_password
 from hostctl.preflight import k3d_doctor
 from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
 from hostctl.record import next_generation, read_record

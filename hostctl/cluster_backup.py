@@ -14,6 +14,7 @@ from hostctl.protocol import Failure, say
 from hostctl.tools import run_tool
 from hostctl.waiting import size_text
 
+BACKUP_SECONDS = 24 * 3600.0
 BACKUP_SPARE_BYTES = 256 * 1024 * 1024
 
 
@@ -133,7 +134,7 @@ def run_copy(machine: Machine, argv: Sequence[str], step: str, target: str, **op
     def tick(waited: float) -> None:
         say(f"{step}: {waited:.0f} s, {size_text(machine.tree_bytes(target))} written")
 
-    options.update(timeout=24 * 3600.0, tick=tick, ends_with_us=True)
+    options.update(timeout=BACKUP_SECONDS, tick=tick, ends_with_us=True)
     return run_tool(machine, argv, step, "failed", **options)
 
 

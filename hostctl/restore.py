@@ -11,26 +11,26 @@ from hostctl.backups import (
     as_failure,
     backups_beside,
     claim_directory,
-    drop_database,
-    drop_leftovers,
-    finish_rename,
-    in_pod,
-    kubectl_in_node,
-    look_at_databases,
-    refuse_written,
     require_room,
-    running_cluster,
     scaled_down,
-    scratch_database,
-    take_name,
     whole_backups,
 )
 from hostctl.cluster import Cluster, parse_json
 from hostctl.cluster_backup import run_copy, seconds_of, time_stamp, utc
 from hostctl.machine import Machine
+from hostctl.postgres import (
+    drop_leftovers,
+    dump_stamp,
+    finish_rename,
+    put_in_place,
+    restore_beside,
+    restore_to_scratch,
+    restored_before,
+)
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, read_record, record_run, write_record
 from hostctl.restic import TARGET_ITEM, fetch, open_repository, restic, snapshots_of
+from hostctl.running import kubectl_in_node, running_cluster
 from hostctl.spec import (
     CLUSTER_NAME,
     DNS_LABEL,
@@ -144,9 +144,7 @@ def _verify(
         path = _fetched(machine, name, target, snapshot, directory, step)
         if item["kind"] == "postgres":
             cluster = running_cluster(machine, name, f"verifying {item['name']} of")
-            with scratch_database(machine, cluster, item, step) as database:
-                _create_database(machine, cluster, item, database, step)
-                _fill_database(machine, cluster, item, database, path, step)
+            restore_to_scratch(machine, cluster, item, path, step)
         else:
             _unpack(machine, path, f"{directory}/tree", step)
             if item["kind"] == "datastore":
@@ -406,124 +404,23 @@ def _restore_postgres(
     confirmed = wanted["confirm"] == name
     to = _beside(item, wanted["items"], step)
     cluster = running_cluster(machine, name, f"restoring {item['name']} of")
-    made = _made(machine, cluster, item, to, step)
+    made = restored_before(machine, cluster, item, to, step)
     if not (wanted["in_place"] and made and made["whole"] and _is_wanted(made, wanted)):
         path, taken, done = _backup_of(machine, name, wanted, step)
-        if confirmed or (made and not made["whole"]):
-            drop_database(machine, cluster, item, to, step)
-        _create_database(machine, cluster, item, to, step)
-        seen = look_at_databases(machine, cluster, item, [to], step)["databases"][to]
-        made = {key: wanted[key] for key in ("target", "snapshot")}
-        made |= {"oid": seen["oid"], "from": path, "taken": taken}
-        _note(machine, name, item, {**made, "whole": False})
-        _fill_database(machine, cluster, item, to, path, step)
-        made["whole"] = True
-        _note(machine, name, item, made)
+        origin = {"target": wanted["target"], "snapshot": wanted["snapshot"]}
+        origin |= {"from": path, "taken": taken}
+        replace = confirmed or (made is not None and not made["whole"])
+        made = restore_beside(machine, cluster, item, to, origin, replace, step)
         if done:
             _remove_tree(machine, done, step)
     if wanted["in_place"]:
-        to = _put_in_place(machine, cluster, item, to, made, confirmed, step)
+        to = put_in_place(machine, cluster, item, to, made, confirmed, step)
     seconds = round(machine.now() - started, 1)
     return {"restored": to, "from": made["from"], "taken": made["taken"], "seconds": seconds}
-
-
-def _made(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], to: str, step: str
-) -> dict[str, Any] | None:
-    """What is recorded of the database that an earlier run restored, if it is there."""
-    made = (read_record(machine, cluster.name).get("restored") or {}).get(item["name"])
-    there = look_at_databases(machine, cluster, item, [to], step)["databases"]
-    # By its number, which no other has: the name may be another's by now.
-    return made if made and to in there and there[to]["oid"] == made["oid"] else None
-
-
-def _note(machine: Machine, name: str, item: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-    with cluster_lock(machine, name):
-        known = read_record(machine, name).get("restored") or {}
-        write_record(machine, name, restored={**known, item["name"]: made})
 
 
 def _is_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether it is of the backup that is asked for. Who names none means the one that is there,
     not one that was taken since."""
-    named = (made["snapshot"], _time_of(made["from"]))
+    named = (made["snapshot"], dump_stamp(made["from"]))
     return wanted["target"] in (None, made["target"]) and wanted["snapshot"] in (None, *named)
-
-
-def _time_of(path: str) -> str:
-    """A backup's time, which is its name: at a target, too."""
-    return path.rpartition("/")[2].partition(".dump")[0]
-
-
-def _put_in_place(
-    machine: Machine,
-    cluster: Cluster,
-    item: Mapping[str, Any],
-    restored: str,
-    made: Mapping[str, Any],
-    confirmed: bool,
-    step: str,
-) -> str:
-    database = item["database"]
-    there = look_at_databases(machine, cluster, item, [database, restored], step)["databases"]
-    stamp = time_stamp(machine)
-    renaming = {key: item[key] for key in ("namespace", "workload", "container", "user")} | {
-        "item": item["name"],
-        "database": database,
-        "restored": restored,
-        # At most 63 bytes, and as psql has it without quotes.
-        "before": f"{database[:39]}_before_{stamp[:8]}_{stamp[9:15]}",
-        "oid": made["oid"],
-        "from": made["from"],
-        "taken": _time_of(made["from"]),
-        "confirmed": confirmed,
-    }
-    refuse_written(machine, cluster.name, renaming, there, step)
-    kinds = ("encoding", "collate", "ctype", "provider", "locale")
-    ours = {one: [there[one][kind] for kind in kinds] for one in there}
-    if database in ours and ours[database] != ours[restored]:
-        cause = f"{database} is of {ours[database]}, {restored} of {ours[restored]}"
-        remedy = "make one alike by hand, and restore into it (docs/host.md)"
-        raise Failure("refused", step, f"encoding or collation: {cause}", remedy)
-    take_name(machine, cluster.name, renaming, step)
-    return database
-
-
-def _create_database(
-    machine: Machine, cluster: Cluster, item: Mapping[str, Any], database: str, step: str
-) -> None:
-    """Makes one that is not there yet, by the item's role, and like the original if that is there:
-    a dump's content sorts otherwise in another collation."""
-    user = [f"--username={item['user']}", "--no-password"]
-    there = look_at_databases(machine, cluster, item, [item["database"]], step)["databases"]
-    alike = []
-    for one in there.values():
-        options = {"encoding": "encoding", "lc-collate": "collate", "lc-ctype": "ctype"}
-        alike = [f"--{option}={one[key]}" for option, key in options.items()]
-    create = ["createdb", *user, "--template=template0", *alike, database]
-    try:
-        in_pod(machine, cluster, item, create, step)
-    except Failure as failure:
-        if failure.code != "failed":
-            raise
-        remedy = (
-            f"role {item['user']} needs CREATEDB (ALTER ROLE ... CREATEDB); a {database} that is "
-            f"there goes with --confirm {cluster.name}"
-        )
-        raise Failure("failed", step, failure.cause, remedy) from None
-
-
-def _fill_database(
-    machine: Machine,
-    cluster: Cluster,
-    item: Mapping[str, Any],
-    database: str,
-    path: str,
-    step: str,
-) -> None:
-    # Only a superuser may give an object to another role; else all is the item's role's.
-    superuser = look_at_databases(machine, cluster, item, [database], step)["superuser"]
-    options = [f"--username={item['user']}", "--no-password", f"--dbname={database}"]
-    options += [] if superuser else ["--no-owner"]
-    restore = ["pg_restore", "--exit-on-error", *options]
-    in_pod(machine, cluster, item, restore, step, from_file=path, timeout=24 * 3600.0)

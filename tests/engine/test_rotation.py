@@ -4,7 +4,7 @@ import base64
 import json
 import subprocess
 
-from hostctl.passwords import scram_verifier
+from hostctl.postgres import scram_verifier
 from rehearsal.run import Secret
 from tests.engine.conftest import planned
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hostctl.passwords import scram_verifier
+from hostctl.postgres import scram_verifier
 from tests.unit.test_hostctl import KUBECONFIG, Host
 from tests.unit.test_hostctl_backup import get, live, put
 
