@@ -76,19 +76,19 @@ def units_spec(stack: settings.Settings) -> dict[str, Any]:
             "storage_dir": cluster.storage_dir,
             "start_seconds": cluster.api_wait_seconds + _SLACK_SECONDS,
             "clean": _schedule(stack.cleaning.schedule),
-            "watch": _schedule(stack.watching.schedule),
-            "watching": _watched(stack, cluster),
         }
     elif isinstance(cluster, settings.K3sCluster):
-        # It starts by a unit of its own; only its backups are scheduled here.
+        # It starts by a unit of its own, and its kubelet cleans.
         own = {"init": "systemd", "storage_dir": None, "start_seconds": _SLACK_SECONDS}
-        own |= {"clean": None, "watch": None, "watching": None}
+        own |= {"clean": None}
     else:
         raise TypeError(f"cluster {cluster.name} has no host whose units these were")
     return {
         "cluster": cluster.name,
         "hostctl": stack.host.hostctl,
         **own,
+        "watch": _schedule(stack.watching.schedule),
+        "watching": _watched(stack, cluster),
         "backup": _schedule(backups.schedule),
         "keep": backups.keep,
         "items": [
@@ -130,11 +130,15 @@ def secret_files(stack: settings.Settings) -> dict[str, str]:
     return files
 
 
-def _watched(stack: settings.Settings, cluster: settings.K3dCluster) -> dict[str, Any]:
+def _watched(
+    stack: settings.Settings, cluster: settings.K3dCluster | settings.K3sCluster
+) -> dict[str, Any]:
     """The settings as `hostctl watch run` takes them; the webhook's URL is a secret, and is not
     among them.
     """
     webhook = stack.watching.webhook
+    on_k3d = isinstance(cluster, settings.K3dCluster)
+    asked = cluster.acceptance if on_k3d else settings.Acceptance()
     hostnames = {
         route.hostname: None
         for tunnel in stack.tunnels.values()
@@ -143,8 +147,9 @@ def _watched(stack: settings.Settings, cluster: settings.K3dCluster) -> dict[str
     }
     return {
         "cluster": cluster.name,
-        "storage_dir": cluster.storage_dir,
-        "dns": {"name": cluster.acceptance.name, "image": cluster.acceptance.image},
+        "storage_dir": cluster.storage_dir if on_k3d else None,
+        "api": None if on_k3d else cluster.server,
+        "dns": {"name": asked.name, "image": asked.image},
         "argocd": stack.argocd is not None,
         "routes": list(hostnames),
         "metrics": stack.watching.metrics,

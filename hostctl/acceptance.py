@@ -11,6 +11,7 @@ from hostctl.cluster_backup import utc
 from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, write_record
+from hostctl.running import kubectl_line
 from hostctl.spec import CLUSTER_NAME, EXTERNAL_NAME, IMAGE, Value, boolean, checked, number_between
 from hostctl.waiting import present_cluster, ready
 
@@ -99,6 +100,12 @@ def _resolved(machine: Machine, cluster: Cluster, host: str, image: str) -> Answ
     """Lets one pod after another ask, until one resolves the name or the time is over."""
     until = machine.now() + ACCEPT_SECONDS
     failing, said = 0.0, ""
+    kubectl = " ".join([*kubectl_line(cluster), "--namespace=kube-system"])
+    resolvers = (
+        "/etc/resolv.conf of the nodes"
+        if cluster.on_machine
+        else "homelab:cluster.resolvers, and is none in a Docker network (incident 5)"
+    )
     while True:
         code, why = _ask(machine, cluster, _pod(host, image, machine.nonce()), until)
         now = machine.now()
@@ -110,17 +117,15 @@ def _resolved(machine: Machine, cluster: Cluster, host: str, image: str) -> Answ
             return Answer(
                 "failed",
                 f"a pod does not resolve {host}: {said}",
-                "can the host reach the DNS servers in homelab:cluster.resolvers, and is none in a "
-                "Docker network (incident 5)? Then: docker exec "
-                f"{cluster.first.name} kubectl --namespace=kube-system logs deployment/coredns",
+                f"can the host reach the DNS servers in {resolvers}? Then: {kubectl} logs "
+                "deployment/coredns",
             )
         if now >= until:
             return Answer(
                 "cannot-tell",
                 f"no pod could ask for {host} in {ACCEPT_SECONDS:.0f} s: {why}",
-                f"docker exec {cluster.first.name} kubectl --namespace=kube-system get events; "
-                "where no registry is reached, name an image of the nodes in "
-                "homelab:cluster.acceptance.image",
+                f"{kubectl} get events; where no registry is reached, name an image of the nodes "
+                "in homelab:cluster.acceptance.image",
             )
         say(f"acceptance of {cluster.name}: {why}; asking again")
         machine.sleep(LOOK_SECONDS)
@@ -239,7 +244,7 @@ def _remove_pods(machine: Machine, cluster: Cluster) -> None:
 
 def _kubectl(machine: Machine, cluster: Cluster, words: Sequence[str], input: bytes = b"") -> Ran:
     """kubectl of the first server; an answer that does not come is a failed one."""
-    argv = ["docker", "exec", "--interactive", cluster.first.name, "kubectl", *words]
+    argv = [*kubectl_line(cluster, attached=True), *words]
     try:
         return machine.run(argv, input=input)
     except (TookTooLong, ToolMissing) as error:

@@ -68,7 +68,9 @@ def certificate_warnings(
     """Facts of the API's certificates and of its clock, and what a person should do about them:
     pairs of what and remedy. What cannot be seen is None."""
     name = cluster.name
-    seen, served = certificates_of(machine, cluster, credentials)
+    api = (api_address(cluster), live_api(cluster)["port"])
+    running = cluster.state == "running"
+    seen, served = certificates_of(machine, api if running else None, credentials)
     now = machine.now()
     facts: dict[str, Any] = {
         f"{use}_certificate_ends": _utc_day(one.ends) if one else None for use, one in seen.items()
@@ -109,13 +111,11 @@ def certificate_warnings(
 
 
 def certificates_of(
-    machine: Machine, cluster: Cluster, credentials: Mapping[str, str] | None
+    machine: Machine, api: tuple[str, int] | None, credentials: Mapping[str, str] | None
 ) -> tuple[dict[str, Validity | None], Served | None]:
-    """When the certificate that the API shows and the administrator's are valid, and what the API
-    served. What cannot be seen is None."""
-    port = live_api(cluster)["port"]
-    running = cluster.state == "running"
-    served = machine.served(api_address(cluster), port) if running else None
+    """When the certificate that the API at an address and port shows and the administrator's are
+    valid, and what the API served. What cannot be seen is None."""
+    served = machine.served(*api) if api else None
     seen = {
         "serving": _validity(served.certificate if served else b""),
         "client": _validity(_decoded((credentials or {}).get("certificate", ""))),

@@ -36,6 +36,7 @@ K3S_CONFIG = "/etc/rancher/k3s/config.yaml"
 K3S_TOKEN = "/etc/rancher/k3s/homelab.token"
 K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
 K3S_DATA = "/var/lib/rancher/k3s"
+K3S_API_PORT = 6443
 K3S_DATABASE = f"{K3S_DATA}/server/db"
 # k3s applies what lies there.
 K3S_MANIFESTS = f"{K3S_DATA}/server/manifests"

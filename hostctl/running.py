@@ -48,8 +48,13 @@ def kubectl_in_node(
     machine: Machine, cluster: Cluster, arguments: Sequence[str], step: str, **options: Any
 ) -> Ran:
     """Runs kubectl in the first server: it needs nothing of the host, and asks this cluster."""
-    attach = ["--interactive"] if "from_file" in options else []
-    argv = ["docker", "exec", *attach, cluster.first.name, "kubectl", *arguments]
-    if cluster.on_machine:
-        argv = [K3S_BINARY, "kubectl", f"--kubeconfig={K3S_KUBECONFIG}", *arguments]
+    argv = [*kubectl_line(cluster, attached="from_file" in options), *arguments]
     return run_tool(machine, argv, step, "failed", **options)
+
+
+def kubectl_line(cluster: Cluster, attached: bool = False) -> list[str]:
+    """How kubectl is called there, with its stdin where it is attached."""
+    if cluster.on_machine:
+        return [K3S_BINARY, "kubectl", f"--kubeconfig={K3S_KUBECONFIG}"]
+    interactive = ["--interactive"] if attached else []
+    return ["docker", "exec", *interactive, cluster.first.name, "kubectl"]

@@ -166,7 +166,7 @@ def _server_name(value: Any) -> str:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(value if isinstance(value, str) else "")
         return value
-    return _HOST(value)
+    return HOST(value)
 
 
 def _resolver(value: Any) -> str:
@@ -315,7 +315,7 @@ KIND = text_matching(
     r"[A-Za-z][A-Za-z0-9]*(\.[a-z0-9.-]+)?", "a kind such as Secret or Deployment.apps"
 )
 _NETWORK_NAME = text_matching(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,66}", "the name of a Docker network")
-_HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
+HOST = text_matching(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a host name or IP address")
 # Names of k3s arguments whose value is a secret. The one in --secrets-encryption is none.
 AUDIT_ARGUMENT = "--kube-apiserver-arg=audit-"
 SECRET_ARGUMENT = re.compile(

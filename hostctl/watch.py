@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import html
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hostctl.acceptance import ACCEPT_SPEC, Answer, resolves
 from hostctl.certificates import DAY_SECONDS, EXPIRES_SOON_DAYS, certificates_of
-from hostctl.cluster import Cluster, container_facts, look, parse_json
+from hostctl.cluster import (
+    Cluster,
+    container_facts,
+    kubeconfig_credentials,
+    look,
+    parse_json,
+)
 from hostctl.cluster_backup import seconds_of, utc
+from hostctl.k3s_datastore import k3s_record
+from hostctl.k3s_node import K3S_API_PORT, K3S_DATA, K3S_KUBECONFIG, k3s_kubectl, k3s_ready
+from hostctl.live import api_address, live_api
 from hostctl.machine import STATE_DIRECTORY, Machine
 from hostctl.preflight import ROOM_BYTES
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import read_record
+from hostctl.running import kubectl_line, running_cluster
 from hostctl.spec import (
     CLUSTER_NAME,
     CONTAINER_NAME,
     EXTERNAL_NAME,
+    HOST,
     Items,
     Value,
     absolute_path,
@@ -34,7 +46,10 @@ from hostctl.waiting import ready, size_text
 
 WATCH_SPEC: dict[str, Any] = {
     "cluster": Value(CLUSTER_NAME),
-    "storage_dir": Value(absolute_path),
+    # null: the cluster is k3s, which keeps its data where it always does.
+    "storage_dir": Value(or_null(absolute_path), None),
+    # Of k3s: the address or name at which the others reach the API.
+    "api": Value(or_null(HOST), None),
     "dns": {key: ACCEPT_SPEC["acceptance"][key] for key in ("name", "image")},
     "argocd": Value(boolean, False),
     # Public host names, asked for over HTTPS.
@@ -50,6 +65,25 @@ LOOK_SPEC: dict[str, Any] = {
     "containers": Items(Value(CONTAINER_NAME), []),
     "directories": Items(Value(absolute_path), []),
 }
+
+
+class _Api(NamedTuple):
+    """An API that answers this machine, and whether it does where the others reach it."""
+
+    cluster: Cluster
+    credentials: Mapping[str, str]
+    address: str
+    port: int
+    refused: str | None = None
+
+    def answer(self) -> Answer:
+        where = f"{self.address}:{self.port}"
+        if self.refused is None:
+            return Answer("passed", f"it answers at {where}", "")
+        remedy = "which server has the address? ip addr; systemctl status k3s"
+        return Answer("failed", f"{where} does not reach it: {self.refused}", remedy)
+
+
 _UNSEEN = "the API does not answer, which is told on its own"
 
 
@@ -131,32 +165,28 @@ def _checks(
     machine: Machine, wanted: Mapping[str, Any], numbers: dict[str, float]
 ) -> Iterator[tuple[str, Answer]]:
     name = wanted["cluster"]
-    remedy = f"hostctl k3d doctor {name}"
-    cluster, credentials = None, None
     try:
-        cluster = look(machine, name)
-        if cluster.state == "absent":
-            why = "the cluster does not exist"
-        else:
-            credentials, why = ready(machine, cluster)
+        api = _k3s_api(machine, wanted) if k3s_record(machine, name) else _k3d_api(machine, name)
     except Failure as failure:
-        why, remedy = f"{failure.step}: {failure.cause}", failure.remedy
-    if cluster and credentials:
-        yield "api", Answer("passed", "it answers through its published port", "")
-        dns = wanted["dns"]
+        api = Answer("failed", f"{failure.step}: {failure.cause}", failure.remedy)
+    on_machine = wanted["storage_dir"] is None
+    own = (["nodes"] if on_machine else []) + (["argocd"] if wanted["argocd"] else [])
+    if isinstance(api, _Api):
+        cluster, dns = api.cluster, wanted["dns"]
+        yield "api", api.answer()
         with machine.lock(f"acceptance-{name}"):
             yield "dns", resolves(machine, cluster, dns["name"], dns["image"])
-        yield from _certificates(machine, cluster, credentials, numbers)
-        if wanted["argocd"]:
-            yield "argocd", _applications(machine, cluster)
+        yield from _certificates(machine, api, numbers)
+        for key in own:
+            yield key, {"nodes": _nodes, "argocd": _applications}[key](machine, cluster)
     else:
-        yield "api", Answer("failed", why, remedy)
-        for key in ("dns", *(["argocd"] if wanted["argocd"] else [])):
-            yield key, Answer("cannot-tell", _UNSEEN, remedy)
+        yield "api", api
+        for key in ("dns", *own):
+            yield key, Answer("cannot-tell", _UNSEEN, api.remedy)
     for hostname in wanted["routes"]:
         yield f"route {hostname}", _route(machine, hostname)
-    for directory in dict.fromkeys((wanted["storage_dir"], STATE_DIRECTORY)):
-        yield f"room {directory}", _room(machine, name, directory, numbers)
+    for directory in dict.fromkeys((wanted["storage_dir"] or K3S_DATA, STATE_DIRECTORY)):
+        yield f"room {directory}", _room(machine, name, directory, numbers, on_machine)
     record = read_record(machine, name)
     for job in ("backup", "verify"):
         run = (record.get("runs") or {}).get(job)
@@ -170,13 +200,59 @@ def _checks(
             numbers[f"restore_verified_time_seconds{labels}"] = seconds_of(seen["at"])
 
 
+def _k3d_api(machine: Machine, name: str) -> _Api | Answer:
+    remedy = f"hostctl k3d doctor {name}"
+    cluster = look(machine, name)
+    if cluster.state == "absent":
+        return Answer("failed", "the cluster does not exist", remedy)
+    credentials, why = ready(machine, cluster)
+    if not credentials:
+        return Answer("failed", why, remedy)
+    return _Api(cluster, credentials, api_address(cluster), live_api(cluster)["port"])
+
+
+def _k3s_api(machine: Machine, wanted: Mapping[str, Any]) -> _Api | Answer:
+    """Of the server that this machine is, at the address at which the others reach it."""
+    step, remedy = "watching", "systemctl status k3s; journalctl --unit k3s"
+    cluster = running_cluster(machine, wanted["cluster"], step)
+    ran = k3s_kubectl(machine, ["get", "--raw=/readyz"], step, raw=True)
+    if ran.code:
+        return Answer("failed", ran.complaint, remedy)
+    try:
+        text = machine.read(K3S_KUBECONFIG).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return Answer("cannot-tell", f"{K3S_KUBECONFIG}: {error}", remedy)
+    credentials = kubeconfig_credentials(text)
+    if credentials is None:
+        return Answer("failed", f"{K3S_KUBECONFIG} holds no credentials", remedy)
+    address = wanted["api"] or "127.0.0.1"
+    ca = base64.b64decode(credentials["ca"]).decode("ascii", "replace")
+    refused = machine.connect(address, K3S_API_PORT, ca)
+    return _Api(cluster, credentials, address, K3S_API_PORT, refused)
+
+
+def _nodes(machine: Machine, cluster: Cluster) -> Answer:
+    step = "looking at the nodes"
+    ran = attempt(machine, [*kubectl_line(cluster), "get", "nodes", "--output=json"], step)
+    if ran.code:
+        return Answer("cannot-tell", ran.complaint, "systemctl status k3s")
+    nodes = parse_json(ran.out, step)["items"]
+    bad = [node["metadata"]["name"] for node in nodes if not k3s_ready(node)]
+    if bad:
+        remedy = "on it: systemctl status k3s k3s-agent; one that is lost: docs/tower.md"
+        return Answer("failed", f"not Ready: {', '.join(sorted(bad))}", remedy)
+    return Answer("passed", f"all {len(nodes)} are Ready", "")
+
+
 def _certificates(
-    machine: Machine,
-    cluster: Cluster,
-    credentials: Mapping[str, str],
-    numbers: dict[str, float],
+    machine: Machine, api: _Api, numbers: dict[str, float]
 ) -> Iterator[tuple[str, Answer]]:
-    for use, valid in certificates_of(machine, cluster, credentials)[0].items():
+    name = api.cluster.name
+    remedy = f"hostctl k3d stop {name}; hostctl k3d start {name}; pulumi up"
+    if api.cluster.on_machine:
+        remedy = "systemctl restart k3s, on one server after another; pulumi up"
+    seen, _ = certificates_of(machine, (api.address, api.port), api.credentials)
+    for use, valid in seen.items():
         if valid is None:
             continue
         numbers[f'certificate_ends_time_seconds{{use="{use}"}}'] = valid.ends
@@ -186,15 +262,15 @@ def _certificates(
             Answer(
                 "passed" if days >= EXPIRES_SOON_DAYS else "failed",
                 f"it ends in {days:.0f} days" if days > 0 else "it has ended",
-                f"hostctl k3d stop {cluster.name}; hostctl k3d start {cluster.name}; pulumi up",
+                remedy,
             ),
         )
 
 
 def _applications(machine: Machine, cluster: Cluster) -> Answer:
-    argv = ["docker", "exec", cluster.first.name, "kubectl", "get", "applications.argoproj.io"]
+    argv = ["get", "applications.argoproj.io", "--all-namespaces", "--output=json"]
     step = "looking at ArgoCD's applications"
-    ran = attempt(machine, [*argv, "--all-namespaces", "--output=json"], step)
+    ran = attempt(machine, [*kubectl_line(cluster), *argv], step)
     if ran.code:
         return Answer("cannot-tell", ran.complaint, "is ArgoCD there? pulumi up")
     bad, count = [], 0
@@ -220,13 +296,17 @@ def _route(machine: Machine, hostname: str) -> Answer:
     return Answer("failed" if status >= 500 else "passed", f"HTTP {status}", remedy)
 
 
-def _room(machine: Machine, name: str, directory: str, numbers: dict[str, float]) -> Answer:
+def _room(
+    machine: Machine, name: str, directory: str, numbers: dict[str, float], on_machine: bool
+) -> Answer:
     try:
         free = machine.free_bytes(directory)
     except OSError as error:
         return Answer("cannot-tell", str(error.strerror or error), "is the disk mounted?")
     numbers[f"free_bytes{{directory={_quoted(directory)}}}"] = free
     remedy = f"hostctl clean {name} --dry-run; docker system df"
+    if on_machine:
+        remedy = f"k3s crictl rmi --prune; du -xhd 2 {K3S_DATA}"
     return Answer("failed" if free < ROOM_BYTES else "passed", f"{size_text(free)} left", remedy)
 
 

@@ -487,14 +487,19 @@ class RehearsalMachine(Machine):
         )
 
     def served(self, address: str, port: int) -> Served | None:
-        for cluster in self.clusters():
-            if self._publishes(cluster, port) and self._is_open(cluster):
-                shown = base64.b64decode(cluster.get("serving", cluster["certificate"])).decode()
-                return Served(
-                    base64.b64decode("".join(shown.splitlines()[1:-1])),
-                    float(int(self.now() + self.setting("clock-skew", 0))),
-                )
-        return Served(b"", float(int(self.now()))) if self.k3s.at(address, port) else None
+        in_docker = (
+            cluster
+            for cluster in self.clusters()
+            if self._publishes(cluster, port) and self._is_open(cluster)
+        )
+        cluster = next(in_docker, None) or self.k3s.at(address, port)
+        if cluster is None:
+            return None
+        shown = base64.b64decode(cluster.get("serving", cluster["certificate"])).decode()
+        return Served(
+            base64.b64decode("".join(shown.splitlines()[1:-1])),
+            float(int(self.now() + self.setting("clock-skew", 0))),
+        )
 
     def put(self, url: str, login: tuple[str, str], body: bytes, ca: str) -> tuple[int, str]:
         if url != "https://127.0.0.1:6443/v1-k3s/token":
@@ -525,10 +530,14 @@ class RehearsalMachine(Machine):
             return f"certificate is not valid for '{name}'"
         for cluster in self.clusters():
             if self._publishes(cluster, port) and self._is_open(cluster):
-                if base64.b64decode(cluster["ca"]).decode() == ca:
-                    return None
-                return "certificate verify failed: self-signed certificate in certificate chain"
-        return "[Errno 111] Connection refused"
+                return self._verified(cluster, ca)
+        k3s = self.k3s.at(address, port)
+        return self._verified(k3s, ca) if k3s else "[Errno 111] Connection refused"
+
+    def _verified(self, cluster: Object, ca: str) -> str | None:
+        if base64.b64decode(cluster["ca"]).decode() == ca:
+            return None
+        return "certificate verify failed: self-signed certificate in certificate chain"
 
     def get(self, url: str, chain: bytes, ca: str) -> tuple[int, str]:
         """Of an API server only whether it is ready is asked so."""

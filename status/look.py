@@ -318,7 +318,7 @@ def _own_questions(stack: settings.Settings) -> list[Question]:
             (["units", "status"], units_spec(stack)),
             (["backup", "list"], {"name": cluster.name}),
         ]
-        if _has_units(stack)
+        if stack.has_units
         else []
     )
     if not isinstance(cluster, settings.K3dCluster):
@@ -331,12 +331,6 @@ def _own_questions(stack: settings.Settings) -> list[Question]:
         # Where from is no matter while it is not wanted here.
         return [(["k3d", "inspect"], {**spec, "moved_from": None})]
     return [(["k3d", "inspect"], spec), *backups]
-
-
-def _has_units(stack: settings.Settings) -> bool:
-    if isinstance(stack.cluster, settings.K3sCluster):
-        return bool(stack.backups.items)
-    return isinstance(stack.cluster, settings.K3dCluster) and stack.has_cluster
 
 
 def _nodes_question(cluster: settings.K3sCluster | settings.ExistingCluster) -> Question:

@@ -64,7 +64,7 @@ def read(stack: settings.Settings, connection: Connection) -> Reading[Kind]:
         connections = connections_of(stack.cluster, stack.host, connection)
         k3s = yield from LiveK3s.read(stack.cluster, connection, connections)
         units = None
-        if stack.backups.items and k3s.nodes[stack.cluster.names("server")[0]].state != "unknown":
+        if stack.has_units and k3s.nodes[stack.cluster.names("server")[0]].state != "unknown":
             units = yield from LiveUnits.read(stack)
         return _K3s(stack, stack.cluster, k3s, units, connection, connections)
     if not stack.has_cluster:
@@ -244,7 +244,7 @@ class _K3s:
         }
         args = K3sClusterArgs(self._cluster, self._live, host, hosts)
         made = K3sCluster(self._cluster.name, args)
-        if self._stack.backups.items:
+        if self._stack.has_units:
             # Of a first server that does not answer nothing is known; an up is refused.
             units = self._units or LiveUnits("systemd", 0)
             Units(self._cluster.name, UnitsArgs(self._stack, units, host, after=[made]))

@@ -144,6 +144,13 @@ class Settings(Model):
         return not isinstance(self.cluster, K3dCluster) or self.cluster.enabled
 
     @property
+    def has_units(self) -> bool:
+        """Whether anything runs on the host without Pulumi. k3s starts by a unit of its own."""
+        if isinstance(self.cluster, K3sCluster):
+            return bool(self.backups.items) or self.watching.schedule != "never"
+        return isinstance(self.cluster, K3dCluster) and self.cluster.enabled
+
+    @property
     def in_force(self) -> "Settings":
         """The settings without what a cluster that is off would hold, its tunnels included: they
         are another stack's for as long, or nobody's."""
@@ -332,7 +339,7 @@ class Settings(Model):
         known = frozenset(self.declared_namespaces()) | _BUILT_IN_NAMESPACES
         yield from self.backups.problems(known)
         yield from self._upkeep_problems()
-        yield from self.watching.problems(isinstance(self.cluster, K3dCluster))
+        yield from self.watching.problems(isinstance(self.cluster, K3dCluster | K3sCluster))
 
     def _secrets_by_path(self) -> Iterator[tuple[Path, DeclaredSecret]]:
         for namespace, secrets in self.secrets.items():
@@ -383,7 +390,7 @@ class Settings(Model):
         if isinstance(self.cluster, K3dCluster):
             return
         if isinstance(self.cluster, K3sCluster):
-            yield from self._k3s_backup_problems(self.cluster)
+            yield from self._k3s_upkeep_problems(self.cluster)
         remedies = {
             "cleaning": "remove it: each node's kubelet removes unused images when its disk fills "
             "(imageGCHighThresholdPercent)",
@@ -404,19 +411,19 @@ class Settings(Model):
                     [("cluster", "kind")],
                 )
 
-    def _k3s_backup_problems(self, cluster: K3sCluster) -> Iterator[Problem]:
-        """They are taken on the stack's host, of what a server has."""
+    def _k3s_upkeep_problems(self, cluster: K3sCluster) -> Iterator[Problem]:
+        """Both run on the stack's host, of what a server has."""
         first = next(iter(cluster.names("server")), None)
-        if not self.backups.items or first is None:
+        if first is None:
             return
-        if cluster.login(first, self.host) is not self.host:
+        if self.has_units and cluster.login(first, self.host) is not self.host:
             yield Problem(
-                ("backups", "items"),
-                None,
-                "with homelab:cluster.kind k3s, items where homelab:host is the first server: it "
-                "takes them",
+                ("backups", "items") if self.backups.items else ("watching", "schedule"),
+                None if self.backups.items else self.watching.schedule,
+                "backups and watching of homelab:cluster.kind k3s where homelab:host is its first"
+                " server: they run there",
                 f"give homelab:host the address of {first}, or remove them",
-                "would be taken on a machine that is not the first server",
+                "would run on a machine that is not the first server",
                 [("host", "address"), ("cluster", "nodes")],
             )
         for name, item in self.backups.items.items():

@@ -284,7 +284,7 @@ class Webhook(Model):
 
 class Watching(Model):
     """A look at all that must work: the API, a name from a pod, each route from outside, ArgoCD's
-    applications, certificates, room, backups. Of a k3d cluster."""
+    applications, certificates, room, backups; of k3s its nodes. Runs on the stack's host."""
 
     schedule: Schedule = Field(
         default="never", description="When; `never`: only by hand, hostctl watch run NAME."
@@ -297,13 +297,13 @@ class Watching(Model):
         default=None, description="Who is told of a change; nobody where left out."
     )
 
-    def problems(self, on_k3d: bool) -> Iterator[Problem]:
-        """What is wrong across the fields."""
-        if self.schedule != "never" and not on_k3d:
+    def problems(self, has_host: bool) -> Iterator[Problem]:
+        """What is wrong across the fields; ``has_host`` where there is a host to watch from."""
+        if self.schedule != "never" and not has_host:
             yield Problem(
                 ("watching", "schedule"),
                 self.schedule,
-                "never, where the cluster's kind is not k3d",
+                "never, where the cluster's kind is existing",
                 "leave it out; `make status` looks at a cluster of any kind",
                 "has no effect",
                 [("cluster", "kind")],

@@ -5,7 +5,9 @@ Its URNs are pinned in urns.tower.txt as p510's are. When a resource comes or go
     .venv/bin/python -m tests.engine.test_tower
 """
 
+import contextlib
 import copy
+import io
 import json
 import shutil
 import tempfile
@@ -20,6 +22,7 @@ import yaml
 
 from components.ownership import NOT_SEEN
 from components.recovery import RecoveryError, run_again
+from hostctl import cli
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
 from rehearsal.run import UNCHANGED, Run
@@ -240,6 +243,29 @@ def test_backups_run_on_timers_of_the_first_server_and_its_preview_tells_what_is
         del settings["backups"]
     tower.up()
     assert tower.machine(MASTER).names("/etc/systemd/system") == ["k3s.service"]
+
+
+def test_watching_runs_on_a_timer_of_the_first_server_and_status_tells_what_it_saw(tower):
+    with StackRehearsal.edited(tower) as settings:
+        settings["watching"] = {"schedule": "hourly"}
+    assert planned(tower.up()) == {"create Units tower", "create Command units"}
+    assert planned(tower.preview()) == set()
+    machine = tower.machine(MASTER)
+    installed = {f"homelab-tower-watch.{kind}" for kind in ("service", "timer")}
+    assert installed < set(machine.names("/etc/systemd/system"))
+    seen = status(tower)
+    assert seen["watching", "report"]["now"] == "none yet"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # As the timer does.
+        assert cli.main(["watch", "run", "tower"], io.StringIO(), machine) == 0
+    seen = status(tower)
+    for check, detail in (
+        ("api", f"it answers at {MASTER}:6443"),
+        ("nodes", "all 3 are Ready"),
+        ("dns", "a pod resolves registry-1.docker.io"),
+    ):
+        assert seen["watching", check]["verdict"] == "fine"
+        assert seen["watching", check]["now"].endswith(detail)
 
 
 def test_no_credential_is_in_the_state_in_clear_or_in_any_output_of_a_run(tower):

@@ -18,6 +18,7 @@ from hostctl.record import write_record
 from rehearsal.kubectl import kustomization
 from rehearsal.machine import made_up_certificate
 from tests.unit.test_hostctl import SPEC, Host
+from tests.unit.test_hostctl_k3s import MASTER, Tower
 
 TOKEN = "tk-that-nobody-may-see"
 WATCH: dict[str, Any] = {
@@ -352,3 +353,74 @@ def test_inspect_says_what_it_could_not_see(live: Host) -> None:
     assert seen["report"]
     assert seen["containers"] == {"web": None}
     assert [one.split(":")[0] for one in seen["unseen"]] == ["container web"]
+
+
+# k3s, on its first server
+
+
+@pytest.fixture
+def tower(tmp_path: Path) -> Tower:
+    tower = Tower(tmp_path)
+    tower.up()
+    return tower
+
+
+def watch_tower(tower: Tower, **changes: Any) -> dict[str, Any]:
+    spec = {**WATCH, "cluster": "tower", "storage_dir": None, "api": "tower.example.org"}
+    return tower.master("watch run", {**spec, "routes": [], **changes})
+
+
+def test_of_a_k3s_that_works_every_check_passes(tower: Tower) -> None:
+    report = watch_tower(tower)
+    assert states(report) == dict.fromkeys(
+        (
+            "api",
+            "dns",
+            "certificate serving",
+            "certificate client",
+            "nodes",
+            "room /var/lib/rancher/k3s",
+            "room /var/lib/homelab",
+        ),
+        "passed",
+    )
+    details = {key: one["detail"] for key, one in report["checks"].items()}
+    assert details["api"] == "it answers at tower.example.org:6443"
+    assert details["nodes"] == "all 2 are Ready"
+    # Nothing of Docker is there, and nothing of it is asked.
+    assert [call for call in tower.master.calls if call[0] == "docker"] == []
+
+
+def test_a_k3s_that_is_stopped_fails_as_the_api_and_hides_nothing_else(tower: Tower) -> None:
+    tower.master("k3s stop", {"cluster": "tower", "node": "k3s-master"})
+    report = watch_tower(tower)
+    assert bad(report) == {"api", "dns", "nodes"}
+    assert "this server is stopped" in report["checks"]["api"]["detail"]
+    assert {key for key, state in states(report).items() if state == "cannot-tell"} == {
+        "dns",
+        "nodes",
+    }
+
+
+def test_an_address_that_does_not_reach_the_api_of_k3s_is_bad(tower: Tower) -> None:
+    """A virtual IP that no server has is what the agents and the kubeconfigs lose."""
+    report = watch_tower(tower, api="10.89.97.200")
+    assert bad(report) == {"api"}
+    assert report["checks"]["api"]["detail"].startswith("10.89.97.200:6443 does not reach it: ")
+    assert watch_tower(tower, api=MASTER)["checks"]["api"]["state"] == "passed"
+
+
+def test_a_node_of_k3s_that_is_not_ready_is_bad_by_name(tower: Tower) -> None:
+    tower.worker("k3s stop", {"cluster": "tower", "node": "k3s-worker-1"})
+    report = watch_tower(tower)
+    assert bad(report) == {"nodes"}
+    assert report["checks"]["nodes"]["detail"] == "not Ready: k3s-worker-1"
+
+
+def test_a_pod_of_k3s_that_does_not_resolve_is_bad_with_the_nodes_resolvers(tower: Tower) -> None:
+    tower.master.machine.set("pods.json", {"lookup": "fails"})
+    report = watch_tower(tower)
+    assert bad(report) == {"dns"}
+    remedy = report["checks"]["dns"]["remedy"]
+    assert "/etc/resolv.conf of the nodes" in remedy
+    assert "k3s kubectl" in remedy

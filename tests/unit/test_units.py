@@ -104,6 +104,7 @@ def test_every_setting_of_the_units_reaches_the_host():
         "watching": {
             "cluster": "lab",
             "storage_dir": "/mnt/img_pool/k3d/storage",
+            "api": None,
             "dns": {
                 "name": "registry-1.docker.io",
                 "image": "rancher/mirrored-library-busybox:1.36.1",
