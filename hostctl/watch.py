@@ -20,7 +20,6 @@ from hostctl.cluster import (
     parse_json,
 )
 from hostctl.cluster_backup import seconds_of, utc
-from hostctl.k3s_datastore import k3s_record
 from hostctl.k3s_node import K3S_API_PORT, K3S_DATA, K3S_KUBECONFIG, k3s_kubectl, k3s_ready
 from hostctl.live import api_address, live_api
 from hostctl.machine import STATE_DIRECTORY, Machine
@@ -164,12 +163,11 @@ def _report(machine: Machine, name: str) -> dict[str, Any] | None:
 def _checks(
     machine: Machine, wanted: Mapping[str, Any], numbers: dict[str, float]
 ) -> Iterator[tuple[str, Answer]]:
-    name = wanted["cluster"]
+    name, on_machine = wanted["cluster"], wanted["storage_dir"] is None
     try:
-        api = _k3s_api(machine, wanted) if k3s_record(machine, name) else _k3d_api(machine, name)
+        api = _k3s_api(machine, wanted) if on_machine else _k3d_api(machine, name)
     except Failure as failure:
         api = Answer("failed", f"{failure.step}: {failure.cause}", failure.remedy)
-    on_machine = wanted["storage_dir"] is None
     own = (["nodes"] if on_machine else []) + (["argocd"] if wanted["argocd"] else [])
     if isinstance(api, _Api):
         cluster, dns = api.cluster, wanted["dns"]
