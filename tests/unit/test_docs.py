@@ -212,7 +212,8 @@ def parsed(command: str) -> str:
         return ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            _parser(VERBS).parse_args(words)
+            asked = [verb for verb in VERBS if tuple(words[: len(verb)]) == verb]
+            _parser(asked or VERBS).parse_args(words)
     except SystemExit:
         return ""
     except Failure as failure:
