@@ -183,9 +183,10 @@ def running_cluster(machine: Machine, name: str, doing: str) -> Cluster:
         return _own_server(machine, name, doing)
     cluster = look(machine, name)
     if cluster.state != "running":
-        verb = "ensure" if cluster.state == "absent" else "start"
-        remedy = f"hostctl k3d {verb} {name}"
-        raise Failure("refused", f"{doing} cluster {name}", f"it is {cluster.state}", remedy)
+        remedy = "hostctl k3d ensure" if cluster.state == "absent" else "hostctl k3d start"
+        raise Failure(
+            "refused", f"{doing} cluster {name}", f"it is {cluster.state}", f"{remedy} {name}"
+        )
     return cluster
 
 

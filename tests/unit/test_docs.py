@@ -259,6 +259,10 @@ def strings(path: Path) -> Iterator[str]:
             )
 
 
+PUT_TOGETHER = ("hostctl k3d ensure", "hostctl k3d start")
+"""The beginning of a remedy, to which the name is added."""
+
+
 def test_a_verb_that_a_remedy_names_does_not_wait_for_a_spec_without_a_word():
     """It has the NAME that it takes; or the text says where its spec is shown."""
     bare: list[str] = []
@@ -269,7 +273,7 @@ def test_a_verb_that_a_remedy_names_does_not_wait_for_a_spec_without_a_word():
                 for words in re.findall(r"hostctl ([a-z0-9]+(?: [A-Za-z0-9]+)*)", text):
                     said = words.split()
                     verb = next((one for one in VERBS if tuple(said[: len(one)]) == one), None)
-                    if verb is None or VERBS[verb].bare:
+                    if verb is None or VERBS[verb].bare or text in PUT_TOGETHER:
                         continue
                     count += 1
                     named = said[len(verb) :][:1] in (["NAME"], ["CLUSTER"])
