@@ -192,7 +192,7 @@ def backups_beside(cluster: Cluster) -> str:
             "refused",
             f"looking for the backups of cluster {cluster.name}",
             f"{cluster.first.name} has no mount at {STORAGE_IN_NODE}",
-            "a recreate makes the cluster with one",
+            f"set homelab:cluster.recreate to {cluster.name}, which makes it with one",
         )
     return f"{storage.rstrip('/')}-backups/{cluster.name}"
 
@@ -297,7 +297,12 @@ def _copy_tree(machine: Machine, cluster: Cluster, item: Mapping[str, Any], part
     source = item["path"] or claim_directory(machine, cluster, item, step)
     newest = machine.newest(source)
     if newest is None:
-        raise Failure("refused", step, f"{source} holds no file", "correct the item's source")
+        raise Failure(
+            "refused",
+            step,
+            f"{source} holds no file",
+            f"correct homelab:backups.items.{item['name']}",
+        )
     _refuse_stale(machine, item, newest, step)
     require_room(machine, part, machine.tree_bytes(source), step)
 
@@ -332,7 +337,8 @@ def claim_directory(machine: Machine, cluster: Cluster, item: Mapping[str, Any],
     )
     bound = claim["spec"].get("volumeName")
     if not bound:
-        raise Failure("refused", step, "the claim is bound to no volume", "correct the claim")
+        remedy = f"correct homelab:backups.items.{item['name']}, or let a pod use the claim"
+        raise Failure("refused", step, "the claim is bound to no volume", remedy)
     volume = _get(machine, cluster, f"persistentvolumes/{bound}", None, step)["spec"]
     path = (volume.get("hostPath") or volume.get("local") or {}).get("path")
     if not path or ".." in path.split("/"):

@@ -30,6 +30,7 @@ from hostctl.k3d import (
     k3d_stop,
 )
 from hostctl.k3s import k3s_ensure, k3s_inspect, k3s_rejoin, k3s_remove, k3s_start, k3s_stop
+from hostctl.k3s_datastore import k3s_record
 from hostctl.k3s_members import (
     k3s_drain,
     k3s_forget,
@@ -37,6 +38,7 @@ from hostctl.k3s_members import (
     k3s_rotate_token,
     k3s_uncordon,
 )
+from hostctl.k3s_node import k3s_look
 from hostctl.k3s_snapshots import k3s_snapshot_list, k3s_snapshot_restore, k3s_snapshot_take
 from hostctl.machine import Machine
 from hostctl.move import (
@@ -53,7 +55,7 @@ from hostctl.move import (
 from hostctl.owners import cluster_owners
 from hostctl.postgres import postgres_password
 from hostctl.preflight import k3d_doctor
-from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result
+from hostctl.protocol import EXIT_CODES, HOSTCTL_VERSION, Failure, Result, say
 from hostctl.record import next_generation, read_record
 from hostctl.restore import backup_restore, backup_verify
 from hostctl.spec import NAME_SPEC, checked
@@ -122,6 +124,20 @@ def _recorded_watch(machine: Machine, name: str) -> dict[str, Any]:
     if not watch:
         raise _nothing_recorded(name, "the watching of cluster")
     return watch
+
+
+def _recorded_node(machine: Machine, name: str) -> dict[str, Any]:
+    node = k3s_record(machine, name).get("node")
+    if not node:
+        raise _nothing_recorded(name, "a k3s of cluster")
+    return {"cluster": name, "node": node}
+
+
+def _recorded_snapshots(machine: Machine, name: str) -> dict[str, Any]:
+    """Where this server's k3s puts them by itself."""
+    node = k3s_look(machine, name)
+    directory = node.config.get("etcd-snapshot-dir") if node else None
+    return {"cluster": name, "target": {"directory": directory} if directory else None}
 
 
 def _nothing_recorded(name: str, what: str) -> Failure:
@@ -448,9 +464,11 @@ VERBS: dict[tuple[str, ...], Verb] = {
     ),
     ("k3s", "inspect"): Verb(k3s_inspect, {**_NODE_EXAMPLE, "tokenDigest": "(16 hex digits)"}),
     ("k3s", "ensure"): Verb(k3s_ensure, {**_NODE_EXAMPLE, "token": "(the text)", "generation": 1}),
-    ("k3s", "stop"): Verb(k3s_stop, _OWN_NODE_EXAMPLE),
-    ("k3s", "start"): Verb(k3s_start, _OWN_NODE_EXAMPLE),
-    ("k3s", "rejoin"): Verb(k3s_rejoin, {**_OWN_NODE_EXAMPLE, "confirm": "k3s-worker-2"}),
+    ("k3s", "stop"): Verb(k3s_stop, _OWN_NODE_EXAMPLE, _recorded_node),
+    ("k3s", "start"): Verb(k3s_start, _OWN_NODE_EXAMPLE, _recorded_node),
+    ("k3s", "rejoin"): Verb(
+        k3s_rejoin, {**_OWN_NODE_EXAMPLE, "confirm": "k3s-worker-2"}, _recorded_node
+    ),
     ("k3s", "remove"): Verb(k3s_remove, _OWN_NODE_EXAMPLE),
     ("k3s", "drain"): Verb(k3s_drain, _MEMBER_EXAMPLE),
     ("k3s", "uncordon"): Verb(k3s_uncordon, _MEMBER_EXAMPLE),
@@ -470,7 +488,9 @@ VERBS: dict[tuple[str, ...], Verb] = {
         },
     ),
     ("k3s", "snapshot", "list"): Verb(
-        k3s_snapshot_list, {"cluster": "tower", "target": {"directory": "/mnt/nfs/k3s"}}
+        k3s_snapshot_list,
+        {"cluster": "tower", "target": {"directory": "/mnt/nfs/k3s"}},
+        _recorded_snapshots,
     ),
     ("k3s", "snapshot", "restore"): Verb(
         k3s_snapshot_restore,
@@ -522,7 +542,13 @@ VERBS: dict[tuple[str, ...], Verb] = {
 }
 
 
-_CONFIRMED = (("k3d", "delete"), ("move", "back"), ("move", "release"), ("backup", "restore"))
+_CONFIRMED: dict[tuple[str, ...], str] = {
+    ("k3d", "delete"): "the cluster's name once more",
+    ("k3s", "rejoin"): "the node's name",
+    ("move", "back"): "the cluster's name once more",
+    ("move", "release"): "the cluster's name once more",
+    ("backup", "restore"): "the cluster's name once more",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -560,6 +586,7 @@ def _parser(verbs: Iterable[tuple[str, ...]]) -> argparse.ArgumentParser:
                 )
         parent = groups[words[:-1]]
         example = json.dumps(verb.example, indent=1)
+        cluster = "tower" if words[0] == "k3s" else "factory"
         one = parent.add_parser(
             words[-1],
             formatter_class=plain,
@@ -567,7 +594,7 @@ def _parser(verbs: Iterable[tuple[str, ...]]) -> argparse.ArgumentParser:
             description=_filled(verb.run.__doc__ or ""),
             epilog=f"example:\n  hostctl {text} <<'EOF'\n{example}\nEOF\n"
             + (
-                f"or, as recorded on this host:\n  hostctl {text} factory\n"
+                f"or, as recorded on this host:\n  hostctl {text} {cluster}\n"
                 if verb.recorded
                 else ""
             )
@@ -589,7 +616,7 @@ def _parser(verbs: Iterable[tuple[str, ...]]) -> argparse.ArgumentParser:
                 "--in-place", action="store_true", help="a database: under its own name, too"
             )
         if words in _CONFIRMED:
-            one.add_argument("--confirm", metavar="NAME", help="the cluster's name once more")
+            one.add_argument("--confirm", metavar="NAME", help=_CONFIRMED[words])
         if words == ("clean",):
             one.add_argument("--dry-run", action="store_true", help="show what it would remove")
     return parser
@@ -617,7 +644,7 @@ def _spec(
         if options.spec:
             text = machine.read(options.spec).decode()
         else:
-            text = "" if verb.bare and stdin.isatty() else stdin.read()
+            text = "" if verb.bare and stdin.isatty() else _typed(stdin, options.words)
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(
             "bad-spec", step, f"{options.spec}: {error}", "give a readable file"
@@ -633,6 +660,12 @@ def _spec(
     if not isinstance(spec, dict):
         raise Failure("bad-spec", step, "it is not a JSON object", "give an object")
     return {**spec, **flags}
+
+
+def _typed(stdin: TextIO, words: Sequence[str]) -> str:
+    if stdin.isatty():
+        say(f"reads the spec from here until Ctrl-D; `hostctl {' '.join(words)} --help` shows one")
+    return stdin.read()
 
 
 def main(

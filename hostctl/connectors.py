@@ -49,7 +49,8 @@ def connector_stop(machine: Machine, spec: dict[str, Any]) -> Result:
             return {"stopped": True, "detail": "scaled to 0"}
         say(f"{step}: waiting for its pods to end")
         machine.sleep(PROGRESS_SECONDS)
-    raise Failure("timed-out", step, "its pods have not ended in 120 s", "kubectl get pods")
+    remedy = f"see what holds them: kubectl {namespace} describe pods; then again"
+    raise Failure("timed-out", step, "its pods have not ended in 120 s", remedy)
 
 
 def _connector_name(wanted: Mapping[str, Any]) -> str:

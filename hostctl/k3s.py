@@ -227,8 +227,9 @@ def _live_warnings(
         ended = "ended" if expires <= machine.now() else "ends"
         yield (
             f"a certificate of {wanted['node']} {ended} on {utc(expires)}",
-            "hostctl k3s stop; hostctl k3s start: k3s renews at its start what has less than 90 "
-            "days left (120 from v1.31.9, v1.32.5 and v1.33.1 on)",
+            f"hostctl k3s stop {wanted['cluster']}; hostctl k3s start {wanted['cluster']}: k3s "
+            "renews at its start what has less than 90 days left (120 from v1.31.9, v1.32.5 and "
+            "v1.33.1 on)",
         )
     if node.installed != "hostctl":
         yield (
@@ -355,7 +356,7 @@ def k3s_ensure(machine: Machine, spec: dict[str, Any]) -> Result:
                 "refused",
                 step,
                 f"the restore of {name} was cut off; what starts now may be neither",
-                f"run `hostctl k3s snapshot restore` of {name} again",
+                f"run `hostctl k3s snapshot restore` of {name} again, with the same spec",
             )
         _end_conversion(machine, wanted, record, step)
         node = k3s_look(machine, wanted["cluster"], bool(record.get("pending")))
@@ -465,7 +466,7 @@ def _refuse_fixed(machine: Machine, wanted: Mapping[str, Any], node: K3sNode, st
             step,
             "the token differs from the one that the datastore is sealed with; with another one "
             "k3s does not start",
-            "`hostctl k3s token` rotates it first; a restart does not",
+            "`hostctl k3s token` rotates it first (--help shows its spec); a restart does not",
         )
 
 
@@ -681,7 +682,7 @@ def _own_node(machine: Machine, cluster: str, step: str) -> K3sNode | None:
             "refused",
             step,
             f"this k3s is somebody else's: installed by {node.installed}, cluster {node.cluster}",
-            "see to it by hand",
+            "nothing was changed: what installed it removes it (get.k3s.io's k3s-uninstall.sh)",
         )
     return node
 
@@ -693,7 +694,7 @@ def k3s_stop(machine: Machine, spec: dict[str, Any]) -> Result:
     with cluster_lock(machine, wanted["cluster"]):
         node = _own_node(machine, wanted["cluster"], step)
         if node is None or not node.unit:
-            raise Failure("refused", step, "there is no k3s here", "run up")
+            raise Failure("refused", step, "there is no k3s here", "pulumi up installs it")
         k3s_stop_unit(machine, node.unit)
     return {"stopped": node.state == "running"}
 
@@ -705,7 +706,7 @@ def k3s_start(machine: Machine, spec: dict[str, Any]) -> Result:
     with cluster_lock(machine, wanted["cluster"]):
         node = _own_node(machine, wanted["cluster"], step)
         if node is None or not node.unit:
-            raise Failure("refused", step, "there is no k3s here", "run up")
+            raise Failure("refused", step, "there is no k3s here", "pulumi up installs it")
         if node.state != "running":
             k3s_start_unit(machine, node.unit)
         fresh = node.state != "running"
@@ -742,7 +743,10 @@ def k3s_rejoin(machine: Machine, spec: dict[str, Any]) -> Result:
             )
         if wanted["confirm"] != wanted["node"]:
             raise Failure(
-                "refused", step, "its name is not confirmed", f"set confirm to {wanted['node']}"
+                "refused",
+                step,
+                "its name is not confirmed",
+                f"hostctl k3s rejoin {wanted['cluster']} --confirm {wanted['node']}",
             )
         k3s_stop_unit(machine, node.unit)
         aside = None

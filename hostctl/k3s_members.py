@@ -222,10 +222,10 @@ def k3s_rotate_token(machine: Machine, spec: dict[str, Any]) -> Result:
                 "refused",
                 step,
                 "the token in use is neither the old nor the new one",
-                f"see {K3S_SERVER_TOKEN} on this machine",
+                f"declare the one that is in {K3S_SERVER_TOKEN} on this machine",
             )
         if node.state == "stopped":
-            raise Failure("refused", step, "k3s is stopped here", "hostctl k3s start; then again")
+            raise Failure("refused", step, "k3s is stopped here", f"{_start(wanted)}, then again")
         keep_token(machine, live)
         ca = machine.read(f"{K3S_DATA}/server/tls/server-ca.crt").decode("ascii", "replace")
         body = json.dumps({"newToken": new}).encode()
@@ -235,7 +235,7 @@ def k3s_rotate_token(machine: Machine, spec: dict[str, Any]) -> Result:
             status, said = machine.put(url, ("server", k3s_password(live)), body, ca)
         except OSError as error:
             raise Failure(
-                "cannot-tell", step, f"{url}: {error}", "hostctl k3s start; then run it again"
+                "cannot-tell", step, f"{url}: {error}", f"{_start(wanted)}, then again"
             ) from None
         if status != 200:
             raise Failure(
@@ -249,6 +249,10 @@ def k3s_rotate_token(machine: Machine, spec: dict[str, Any]) -> Result:
         # The next ensure starts k3s with it, also where it finds nothing else to do.
         write_k3s_record(machine, wanted["cluster"], pending=node.version)
     return {"changed": ["rotated"]}
+
+
+def _start(wanted: Mapping[str, Any]) -> str:
+    return f"on this machine: hostctl k3s start {wanted['cluster']}"
 
 
 def _without(said: str, *secrets: str) -> str:
@@ -265,12 +269,10 @@ def k3s_kubeconfig(machine: Machine, spec: dict[str, Any]) -> Result:
     step = f"reading the kubeconfig of {wanted['cluster']}"
     node = k3s_server(machine, wanted["cluster"], step)
     if node is None:
-        raise Failure("refused", step, "there is no k3s here", "run up, which installs it")
+        raise Failure("refused", step, "there is no k3s here", "pulumi up installs it")
     credentials = k3s_credentials(machine)
     if credentials is None:
-        raise Failure(
-            "cannot-tell", step, f"{K3S_KUBECONFIG} is not there yet", "hostctl k3s start"
-        )
+        raise Failure("cannot-tell", step, f"{K3S_KUBECONFIG} is not there yet", _start(wanted))
     host, _ = k3s_host_port(wanted["server"])
     ca = base64.b64decode(credentials["ca"]).decode("ascii", "replace")
     refused = machine.connect("127.0.0.1", 6443, ca, host)

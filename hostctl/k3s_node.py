@@ -444,7 +444,7 @@ def k3s_kubectl(
             "cannot-tell" if silent else "failed",
             step,
             f"the API server does not answer: {ran.complaint}" if silent else ran.complaint,
-            "systemctl status k3s; journalctl --unit k3s; `hostctl k3s start`",
+            "systemctl status k3s; journalctl --unit k3s; systemctl start k3s",
         )
     return ran
 

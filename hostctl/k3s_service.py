@@ -154,7 +154,7 @@ def k3s_wait(machine: Machine, wanted: Mapping[str, Any], unit: str, *, fresh: b
                     f"{wanted['server']} must be reached from here (6443/tcp; servers among "
                     "themselves 2379-2380/tcp; 8472/udp for pods)"
                     if wanted["server"]
-                    else "with etcd a majority of the servers must run (`hostctl k3s start` on "
+                    else "with etcd a majority of the servers must run (systemctl start k3s on "
                     "the others); a large datastore needs a larger readySeconds"
                 ),
             )

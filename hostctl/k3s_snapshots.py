@@ -172,7 +172,7 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
                 "refused",
                 step,
                 "all that came after the snapshot is lost, and the cluster's name is not confirmed",
-                f"set confirm to {cluster}",
+                f'"confirm": "{cluster}" in the spec',
             )
         _refuse_other_servers(machine, node, step)
         options, secrets = _where(machine, wanted["target"], step)
@@ -242,7 +242,10 @@ def _path_of(machine: Machine, wanted: Mapping[str, Any], options: list[str], st
         return wanted["name"]
     path = f"{options[0].partition('=')[2]}/{wanted['name']}"
     if not machine.exists(path):
-        raise Failure("refused", step, f"there is no snapshot {path}", "hostctl k3s snapshot list")
+        remedy = (
+            f"hostctl k3s snapshot list {wanted['cluster']} shows those that k3s makes by itself"
+        )
+        raise Failure("refused", step, f"there is no snapshot {path}", remedy)
     return path
 
 
@@ -281,7 +284,8 @@ def _refuse_other_servers(machine: Machine, node: K3sNode, step: str) -> None:
             "refused",
             step,
             f"other servers run: {', '.join(running)}",
-            "hostctl k3s stop on each of them; after the restore hostctl k3s rejoin there",
+            f"on each of them: hostctl k3s stop {node.cluster}; after the restore, there: hostctl "
+            f"k3s rejoin {node.cluster} --confirm NODE",
         )
 
 
@@ -315,7 +319,7 @@ def _token_of(
             "refused",
             step,
             f"the token of the snapshot's time ({created}) is not on this machine",
-            "give it as token",
+            "give the one that was declared at that time, as `token` in the spec on stdin",
         )
     return kept
 

@@ -168,10 +168,11 @@ def _start_step(machine: Machine, spec: Mapping[str, Any], swap: Mapping[str, An
     identity = identity_of(name, credentials)
     if identity != swap["identity"]:
         cause = f"its identity is {identity}, and was {swap['identity']}"
-        raise Failure("failed", step, cause, "see `hostctl k3d inspect`")
+        raise Failure("failed", step, cause, f"see `hostctl k3d inspect {name}`")
     wanted, version = k3s_version(swap["image"]), asked_version(machine, cluster)
     if wanted and version != wanted:
-        raise Failure("failed", step, f"{node} runs k3s {version}, not {wanted}", "see its image")
+        remedy = f"{swap['image']} holds another k3s than its tag says: declare another image"
+        raise Failure("failed", step, f"{node} runs k3s {version}, not {wanted}", remedy)
     return "clean"
 
 

@@ -285,7 +285,10 @@ def _applications(machine: Machine, cluster: Cluster) -> Answer:
 
 
 def _route(machine: Machine, hostname: str) -> Answer:
-    remedy = "hostctl connector status; docker ps; Cloudflare's dashboard has the tunnel's state"
+    remedy = (
+        "does its connector run? kubectl get pods --all-namespaces; docker ps --all; Cloudflare's"
+    )
+    remedy += " dashboard has the tunnel's state (docs/runbooks/tunnel-down.md)"
     try:
         status = machine.visit(f"https://{hostname}/")
     except OSError as error:

@@ -59,7 +59,8 @@ def main() -> int:
         print("pulumi is not on PATH: `make setup` says where it is", file=sys.stderr)
         return 2
     except automation.CommandError as error:
-        rows.append(Row("host", "Pulumi", "runs", _cause(str(error)), "unknown", "make setup"))
+        remedy = "make setup; a plugin that is missing comes with a preview, which downloads it"
+        rows.append(Row("host", "Pulumi", "runs", _cause(str(error)), "unknown", remedy))
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
     verdicts = {row.verdict for row in rows}
     return 1 if "bad" in verdicts else 2 if "unknown" in verdicts else 0

@@ -148,7 +148,7 @@ def owners(stack: settings.Settings, name: str, project: Path) -> Rows:
         yield _refused("owners", cluster, answer)
         return
     if answer["state"] != "known":
-        remedy = "pulumi up, or hostctl k3d start" if k3d else ""
+        remedy = f"pulumi up, or hostctl k3d start {cluster}" if k3d else ""
         yield Row("owners", cluster, "answers", answer["detail"], "unknown", remedy)
         return
     for detail in answer["unseen"]:
@@ -483,7 +483,10 @@ def _snapshots(cluster: settings.K3sCluster, node: str, answer: Answer) -> Rows:
         "disk": [one for one in ours if not one["location"].startswith("s3:")],
         "s3": [one for one in ours if one["location"].startswith("s3:")],
     }
-    remedy = f"on {node}: journalctl --unit k3s --grep snapshot; by hand hostctl k3s snapshot take"
+    remedy = (
+        f"on {node}: journalctl --unit k3s --grep snapshot; by hand `hostctl k3s snapshot take` "
+        "(docs/tower.md)"
+    )
     yield _newest(what, schedule, places["disk"], remedy)
     if declared.s3 and not places["s3"]:
         # The bucket's keys are not read here; k3s, which has them, told of none.

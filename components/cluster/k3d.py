@@ -136,7 +136,7 @@ class LiveCluster:
             pulumi.log.warn(
                 f"cluster {cluster.name} was imported on {host} and is not up yet: up brings it up"
                 f" as {self.identity}. Until then {NOT_SEEN}. Its connectors wait for `hostctl move"
-                " cutover`"
+                f" cutover {cluster.name}`"
             )
         elif self.state == "stopped":
             pulumi.log.warn(

@@ -189,7 +189,8 @@ class LiveK3s:
                 f"cluster {cluster.name}: its servers are of different clusters: "
                 + ", ".join(f"{name} of {uid}" for name, uid in told.items())
                 + ". Nothing was changed.\n  Remedy: take the one that does not belong out of"
-                " homelab:cluster.nodes, or remove its k3s (`hostctl k3s remove` on it)."
+                " homelab:cluster.nodes, or remove its k3s, on it: `hostctl k3s remove` (--help"
+                " shows its spec)."
             )
 
     def _refuse_blind(self, cluster: settings.K3sCluster, first: str) -> None:

@@ -89,7 +89,7 @@ def _checked(kubeconfig: str) -> str:
     clusters = (yaml.safe_load(kubeconfig) or {}).get("clusters")
     if not clusters:
         raise pulumi.RunError(
-            "hostctl kubeconfig returned no cluster. Remedy: run `hostctl kubeconfig` on the host"
-            " and read what it prints."
+            "hostctl returned a kubeconfig without a cluster. Remedy: run `hostctl kubeconfig"
+            " CLUSTER` on the host and read what it prints."
         )
     return kubeconfig

@@ -430,8 +430,8 @@ class K3sCluster(Model):
                 ("cluster", "nodes"),
                 None,
                 "an odd number of servers (1, 3, 5, 7) with etcd",
-                f"add or remove a server: {len(servers)} bear the loss of no more than "
-                f"{len(servers) - 1} do",
+                f"add or remove a server: {len(servers)} bear the loss of no more servers than "
+                f"{len(servers) - 1}",
                 f"has {len(servers)} servers",
                 involves,
             )

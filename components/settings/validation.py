@@ -179,11 +179,13 @@ class _Node:
     def remedy(self, path: Path) -> str:
         """How to set the place at ``path``."""
         if self.is_model or self.is_choice or get_origin(self.type) in (dict, list):
-            return "indent its keys or entries under it"
+            return "write it with its keys or entries indented under it, as docs/settings.md does"
         flag = "--secret " if self.is_secret else ""
         # A key is what someone wrote; this is pasted into a shell.
         quoted = key_path(path).replace("'", "'\\''")
-        command = f"pulumi config set {flag}--path '{quoted}'"
+        # Of a secret it asks.
+        value = "" if self.is_secret else " VALUE"
+        command = f"pulumi config set {flag}--path '{quoted}'{value}"
         return f"{command}; {self.rule.remedy}" if self.rule else command
 
     def example(self) -> Any:

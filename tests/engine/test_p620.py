@@ -3,6 +3,7 @@ project, two make-believe hosts, one Cloudflare.
 """
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,8 +21,6 @@ from tests.unit.test_hostctl import Host
 pytestmark = pytest.mark.engine
 
 CONNECTOR = {"namespace": "factory", "deployment": "cloudflared-factory"}
-MOVED = ("ArgoCD", "CloudflareTunnel", "LocalStorage", "Namespaces", "Secrets")
-"""Components of what lives in the cluster and at Cloudflare."""
 
 
 class P620(Rehearsal):
@@ -82,12 +81,8 @@ class Hosts:
         self.new("move import", request)
 
     def move_state(self, source: Rehearsal, target: Rehearsal) -> None:
-        urns = [
-            one["urn"]
-            for one in source.resources()
-            if one["type"].rpartition(":")[2] in MOVED and not one["urn"].endswith("::p510")
-        ]
-        pulumi(source, "state", "move", f"--dest={target.stack}", f"--source={source.stack}", *urns)
+        assert {source.stack, target.stack} == {"p510", "p620"}
+        run_the_line("xargs pulumi state move", source)
 
     def switch(self, enabled: bool) -> None:
         """The edit of both stack files: whose the cluster is."""
@@ -97,12 +92,7 @@ class Hosts:
 
     def unprotect(self, stack: Rehearsal) -> None:
         """Of the stack whose cluster is off: what a file of it can no longer free."""
-        urns = [
-            one["urn"]
-            for one in stack.resources()
-            if one.get("protect") and not one["urn"].endswith("::p510")
-        ]
-        pulumi(stack, "state", "unprotect", f"--stack={stack.stack}", *urns)
+        run_the_line("xargs pulumi state unprotect", stack)
 
     def connectors(self) -> int:
         """How many connectors the cluster is to have."""
@@ -130,16 +120,22 @@ def hostctl(world: Path) -> Host:
     return There()
 
 
-def pulumi(stack: Rehearsal, *words: str) -> str:
+def run_the_line(command: str, stack: Rehearsal) -> None:
+    """Runs the command line of docs/move.md that ends with this, from p510 to p620, or the other
+    way where the stack is p620."""
+    page = (CHECKOUT / "docs/move.md").read_text()
+    (line,) = (one for one in re.findall(r"^ *\$ ((?:.*\|\n)*.*)$", page, re.M) if command in one)
+    if stack.stack == "p620":
+        line = re.sub("p510|p620", lambda name: "p510p620".replace(name[0], ""), line)
     done = subprocess.run(
-        ["pulumi", *words, "--yes", "--non-interactive"],
+        ["bash", "-euo", "pipefail", "-c", line],
         cwd=stack.directory / "project",
         env=stack.process_environment(),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import contextlib
 import copy
 import io
 import json
+import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from components.recovery import RecoveryError, run_again
 from hostctl import cli
 from rehearsal.machine import RehearsalMachine
 from rehearsal.providers.kubernetes import cluster_id
-from rehearsal.run import UNCHANGED, Run
+from rehearsal.run import CHECKOUT, UNCHANGED, Run
 from tests.engine.conftest import (
     StackRehearsal,
     assert_state_is_rebuilt,
@@ -54,7 +55,7 @@ class Tower(StackRehearsal):
             make_three_servers(self.settings["cluster"])
             self.set_config(self.settings)
 
-    @contextmanager
+    @contextlib.contextmanager
     def edited(self) -> Iterator[dict[str, Any]]:
         """The settings of the cluster, to be changed within."""
         with super().edited() as settings:
@@ -529,6 +530,78 @@ def test_a_lost_server_of_three_stops_nothing_and_returns(three):
     assert any("k3s-worker-2 is stopped: up starts it" in text for text in back.diagnostics)
     three.up()
     assert three.members["k3s-worker-2"]["running"]
+    assert planned(three.preview()) == set()
+
+
+def run_the_line(stack: Tower, command: str, node: str) -> None:
+    """Runs a line of docs/tower.md, "A node does not answer", for this node."""
+    page = (CHECKOUT / "docs/tower.md").read_text().partition("## A node does not answer")[2]
+    lines = page.partition("\n## ")[0].splitlines()
+    (line,) = (one[2:] for one in lines if one.startswith(f"$ {command}"))
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", re.sub(r"(?<=:Command::)[\w-]+", node, line)],
+        cwd=stack.directory / "project",
+        env={**stack.process_environment(), "PULUMI_STACK": stack.stack},
+        check=True,
+        capture_output=True,
+    )
+
+
+def forget(stack: Tower, address: str, node: str) -> None:
+    """`hostctl k3s forget` on the machine of this address."""
+    spec = io.StringIO(json.dumps({"cluster": "tower", "node": node}))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["k3s", "forget"], spec, stack.machine(address)) == 0
+    assert json.loads(printed.getvalue())["changed"] == ["deleted"]
+
+
+def assert_the_lost_one_goes_and_nothing_else(stack: Tower, node: str) -> None:
+    """From the first up without it in the settings, which ends at the machine that is gone."""
+    objects = {r["urn"] for r in stack.resources() if r["type"].startswith("kubernetes:")}
+    refused = errors(stack.up(check=False))
+    assert any("k3s remove" in text and "ssh: connect to host" in text for text in refused)
+    run_the_line(stack, "pulumi state delete", node)
+    assert all(step.startswith("delete ") for step in planned(stack.up()))
+    assert planned(stack.preview()) == set()
+    left = {r["urn"] for r in stack.resources() if r["type"].startswith("kubernetes:")}
+    assert left == objects != set()
+    assert sorted(stack.members) == sorted(stack.settings["cluster"]["nodes"])
+    assert all(one["running"] for one in stack.members.values())
+
+
+def test_an_agent_that_is_lost_for_good_is_taken_out_and_no_object_with_it(tower):
+    tower.lose("k3s-worker-1")
+    forget(tower, MASTER, "k3s-worker-1")
+    with tower.edited() as cluster:
+        del cluster["nodes"]["k3s-worker-1"]
+    assert_the_lost_one_goes_and_nothing_else(tower, "k3s-worker-1")
+
+
+def test_a_first_server_that_is_lost_for_good_is_taken_out_and_another_is_the_first(three):
+    three.lose("k3s-master")
+    forget(three, WORKER, "k3s-master")
+    with StackRehearsal.edited(three) as settings:
+        settings["host"]["address"] = WORKER
+        nodes = settings["cluster"]["nodes"]
+        del nodes["k3s-master"]
+        nodes["k3s-worker-3"] = {"role": "server", "address": "10.89.97.206", "interface": "eth0"}
+    assert any("protected" in text for text in errors(three.preview(check=False)))
+    run_the_line(three, "pulumi state unprotect", "k3s-master")
+    assert_the_lost_one_goes_and_nothing_else(three, "k3s-master")
+
+
+def test_a_new_machine_in_the_place_of_a_lost_server_joins_the_others(three):
+    three.lose("k3s-worker-2")
+    forget(three, MASTER, "k3s-worker-2")
+    machine = three.machine(SECOND)
+    for path in ("/var/lib/rancher", "/var/lib/homelab", "/etc/rancher", "/etc/systemd/system"):
+        shutil.rmtree(machine._file(path))
+    machine.remove("/usr/local/bin/k3s")
+    machine.set("k3s.json", {})
+    three.silence(SECOND, False)
+    run_again(three.engine([]), SECOND)
+    assert three.members["k3s-worker-2"]["running"]
+    assert planned(three.up()) == set()
     assert planned(three.preview()) == set()
 
 

@@ -248,6 +248,26 @@ def test_a_stopped_node_is_started(tower: Tower) -> None:
     assert not tower.worker("k3s start", own)["started"]
 
 
+def test_by_hand_a_machine_knows_which_node_it_is(tower: Tower) -> None:
+    nothing = {"not": "read"}
+    refused = tower.worker("k3s start tower", nothing, 2)
+    assert refused["cause"] == "this host has no record of a k3s of cluster tower"
+    tower.up()
+    assert tower.worker("k3s stop tower", nothing)["stopped"]
+    assert tower.worker("k3s start tower", nothing)["started"]
+
+
+def test_a_person_who_types_a_verb_without_a_spec_is_told_what_it_waits_for(
+    tower: Tower, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert cli.main(["k3s", "forget"], Terminal(), tower.master.machine) == 2
+    assert "until Ctrl-D; `hostctl k3s forget --help` shows one" in capsys.readouterr().err
+
+
 def test_secrets_of_the_config_are_told_apart_and_not_shown(tower: Tower) -> None:
     one = {"etcd-s3-secret-key": "first-secret"}
     spec = tower.server(datastore="etcd", secretConfig=one)

@@ -312,6 +312,7 @@ def test_snapshots_are_listed_and_the_oldest_of_a_name_go(ha: HighlyAvailable) -
     other = ha.snapshot(name="before-work")["name"]
     listed = ha.master("k3s snapshot list", {"cluster": "tower"})["snapshots"]
     assert [one["name"] for one in listed] == [*names[1:], other]
+    assert ha.master("k3s snapshot list tower", {})["snapshots"] == listed
 
 
 def test_snapshots_go_to_a_directory_or_a_bucket(ha: HighlyAvailable) -> None:
@@ -320,7 +321,13 @@ def test_snapshots_go_to_a_directory_or_a_bucket(ha: HighlyAvailable) -> None:
     )
     assert "/mnt/nfs" in error["cause"]
     ha.master.machine.make_directory("/mnt/nfs", 0o700)
-    assert ha.snapshot(target={"directory": "/mnt/nfs"})["location"].startswith("file:///mnt/nfs/")
+    there = ha.snapshot(target={"directory": "/mnt/nfs"})
+    assert there["location"].startswith("file:///mnt/nfs/")
+    assert ha.master("k3s snapshot list tower", {})["snapshots"] == []
+    own = ha.first()
+    ha.master.up(own | {"config": {**own["config"], "etcd-snapshot-dir": "/mnt/nfs"}})
+    (listed,) = ha.master("k3s snapshot list tower", {})["snapshots"]
+    assert listed["name"] == there["name"]
     s3 = {
         "endpoint": "10.89.97.20:9000",
         "bucket": "k3s-snapshots",
@@ -346,9 +353,9 @@ def test_a_snapshot_is_restored_on_one_server_and_the_others_join_anew(
     assert "before" in ha.namespaces()
     assert "after" not in ha.namespaces()
     for number, node in ((2, ha.second), (3, ha.third)):
-        own = {"cluster": "tower", "node": f"k3s-server-{number}"}
-        node("k3s rejoin", own, 3)
-        assert node("k3s rejoin", own | {"confirm": own["node"]})["aside"]
+        remedy = node("k3s rejoin tower", {}, 3)["remedy"]
+        assert remedy == f"hostctl k3s rejoin tower --confirm k3s-server-{number}"
+        assert node(remedy.removeprefix("hostctl "), {})["aside"]
     assert len(ha.cluster["members"]) == 3
     for node, spec in ha.everything():
         assert node.differs(spec) == {}
