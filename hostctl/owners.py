@@ -195,8 +195,12 @@ def _application(kind: str, metadata: Mapping[str, Any], managers: Sequence[str]
     return None
 
 
-# People, and those whose writing is an owner's. k3s fills in the tokens of service accounts.
-_NO_WRITERS = ("kubectl", "pulumi-kubernetes", "homelab", "helm", "Helm", "argocd", "kube-", "k3s")
+# People, and those whose writing is an owner's. k3s fills in the tokens of service accounts; its
+# deploy@<node> applies an add-on anew, as when k3d has put the host's names into CoreDNS'.
+_NO_WRITERS = (
+    *("kubectl", "pulumi-kubernetes", "homelab", "helm", "Helm", "argocd", "kube-", "k3s"),
+    "deploy@",
+)
 
 
 def writers_of(kind: str, metadata: Mapping[str, Any]) -> list[str]:

@@ -569,6 +569,9 @@ class K3sCluster(pulumi.ComponentResource):
             kubeconfig=self.kubeconfig,
             cluster_identifier=identity,
             enable_server_side_apply=True,
+            # What another owner has never comes to an apply (components/ownership.py). Left are
+            # fields that a person edited, or a former owner: they would refuse it as a conflict.
+            enable_patch_force=True,
             # Without these every changed Secret or ConfigMap is replaced.
             enable_secret_mutable=True,
             enable_config_map_mutable=True,

@@ -69,6 +69,9 @@ class Kubeconfig(pulumi.ComponentResource):
             kubeconfig=self.content,
             cluster_identifier=args.cluster.fingerprint,
             enable_server_side_apply=True,
+            # What another owner has never comes to an apply (components/ownership.py). Left are
+            # fields that a person edited, or a former owner: they would refuse it as a conflict.
+            enable_patch_force=True,
             # Without these every changed Secret or ConfigMap is replaced.
             enable_secret_mutable=True,
             enable_config_map_mutable=True,

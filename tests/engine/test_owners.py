@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from rehearsal.apiserver import ApiServer
+from rehearsal.core import World
 from rehearsal.run import Rehearsal, Secret
 from tests.engine.conftest import edited_file, errors, planned
 
@@ -60,10 +62,16 @@ class Dev(Rehearsal):
     def live(self, title: str) -> dict[str, Any]:
         return json.loads(self.file(title).read_text())
 
-    def track(self, title: str, id: str) -> None:
-        """ArgoCD syncs an object: puts its mark on it."""
-        with edited_file(self.file(title)) as live:
-            live["metadata"].setdefault("annotations", {})[TRACKING] = id
+    def sync(self, title: str, id: str, **spec: Any) -> None:
+        """ArgoCD syncs an object, by server-side apply: its mark and its fields are ArgoCD's."""
+        file, live = self.file(title), self.live(title)
+        metadata = {key: live["metadata"][key] for key in ("name", "namespace", "labels")}
+        wanted = {**live, "metadata": {**metadata, "annotations": {TRACKING: id}}}
+        wanted.pop("status", None)
+        if spec:
+            wanted["spec"] = {**live["spec"], **spec}
+        world = World(self.directory / "world/kubernetes")
+        ApiServer(world, file.parents[2].name).apply(wanted, "argocd-controller", force=True)
 
     def owners(self) -> tuple[int, dict[str, dict[str, Any]]]:
         """The exit status of `make owners`, and its rows by object."""
@@ -92,10 +100,8 @@ def dev(brought_up: Dev, tmp_path: Path) -> Dev:
 
 def test_objects_go_to_argocd_and_come_back_and_are_the_same_all_the_while(dev: Dev) -> None:
     before = {title: dev.live(title)["metadata"]["uid"] for title in (CONNECTOR, DATABASE)}
-    dev.track(CONNECTOR, "infra:apps/Deployment:factory/cloudflared-dev")
-    dev.track(DATABASE, "infra:/Secret:factory/database")
-    with edited_file(dev.file(CONNECTOR)) as live:
-        live["spec"]["replicas"] = 3
+    dev.sync(CONNECTOR, "infra:apps/Deployment:factory/cloudflared-dev", replicas=3)
+    dev.sync(DATABASE, "infra:/Secret:factory/database")
 
     [error] = errors(dev.preview(check=False))
     assert "2 object(s) would have two owners; nothing was changed" in error
@@ -128,7 +134,7 @@ def test_objects_go_to_argocd_and_come_back_and_are_the_same_all_the_while(dev: 
 
 
 def test_what_is_handed_over_stays_when_it_is_declared_no_more(dev: Dev) -> None:
-    dev.track(DATABASE, "infra:/Secret:factory/database")
+    dev.sync(DATABASE, "infra:/Secret:factory/database")
     dev.hand_over(DATABASE)
     dev.up()
     before = dev.live(DATABASE)
@@ -140,7 +146,7 @@ def test_what_is_handed_over_stays_when_it_is_declared_no_more(dev: Dev) -> None
 
 
 def test_an_up_without_a_preview_does_not_touch_what_another_owns(dev: Dev) -> None:
-    dev.track(CONNECTOR, "infra:apps/Deployment:factory/cloudflared-dev")
+    dev.sync(CONNECTOR, "infra:apps/Deployment:factory/cloudflared-dev")
     before = dev.live(CONNECTOR)
     dev.settings["tunnels"]["dev"]["connector"]["replicas"] = 1
     dev.set_config(dev.settings)

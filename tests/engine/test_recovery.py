@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import Any
 import pytest
 
 from components.recovery import Engine, RecoveryError, adopt, recover
-from rehearsal.run import Rehearsal, Secret
+from rehearsal.run import CHECKOUT, Rehearsal, Secret
+from setup import cache
 from tests.engine.conftest import edited_file, planned, urns
 from tests.engine.incumbent import ROTATED, TUNNELS, UNIT, Incumbent
 
@@ -46,7 +49,7 @@ class Dev(Rehearsal):
                 },
             ],
         }
-        settings = {
+        self.settings: dict[str, Any] = {
             "cluster": {"image": "rancher/k3s:v1.31.5-k3s1"},
             "namespaces": {"apps": {}},
             "secrets": {"default": {"database": {"data": {"password": Secret("declared")}}}},
@@ -57,7 +60,7 @@ class Dev(Rehearsal):
             },
             "tunnels": {"dev": tunnel},
         }
-        super().__init__(directory, "dev", settings)
+        super().__init__(directory, "dev", self.settings)
 
     @property
     def engine(self) -> Engine:
@@ -77,6 +80,27 @@ class Dev(Rehearsal):
             or file.is_relative_to(root / "cloudflare")
         }
 
+    @property
+    def locks(self) -> Path:
+        return self.directory / "state/.pulumi/locks/organization/homelab/dev"
+
+    def make(self, *goal: str) -> subprocess.CompletedProcess[str]:
+        """`make`, as a user runs it in a checkout: the stack's project becomes one. Its environment
+        has the rehearsal's backend and passphrase and nothing of the user's.
+        """
+        project = self.directory / "project"
+        for name, target in (("Makefile", CHECKOUT / "Makefile"), (".venv", Path(sys.prefix))):
+            if not (project / name).exists():
+                (project / name).symlink_to(target)
+        return subprocess.run(
+            ["make", *goal],
+            cwd=project,
+            env={**self.process_environment(), "HOMELAB_CACHE": str(cache.root())},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
     def lose_state(self) -> None:
         shutil.rmtree(self.directory / "state" / ".pulumi")
 
@@ -92,11 +116,11 @@ def ids(stack: Dev) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def cut_off(stack: Dev, fault: dict[str, Any]) -> Iterator[None]:
-    """An up whose engine is killed where the fault holds it."""
+def cut_off(stack: Dev, fault: dict[str, Any], command: str = "up") -> Iterator[None]:
+    """An up, or a destroy, whose engine is killed where the fault holds it."""
     stack.set_faults([{"method": "Create", "do": "hang", **fault}])
     taken = stack.directory / "faults"
-    with stack.start("up", "--yes", "--skip-preview") as process:
+    with stack.start(command, "--yes", "--skip-preview") as process:
         deadline = time.monotonic() + 120
         while not (taken.is_dir() and any(taken.iterdir())):
             assert process.poll() is None
@@ -135,10 +159,9 @@ def test_a_killed_up_is_gone_on_with_and_makes_nothing_twice(brought_up: Dev, tm
 
 
 def test_a_lock_is_left_alone_unless_its_run_is_dead_on_this_host(dev: Dev):
-    locks = dev.directory / "state/.pulumi/locks/organization/homelab/dev"
-    locks.mkdir(parents=True, exist_ok=True)
+    dev.locks.mkdir(parents=True, exist_ok=True)
     lock = {"username": "someone", "timestamp": "2026-01-02T03:04:05Z"}
-    file = locks / "01234567.json"
+    file = dev.locks / "01234567.json"
     file.write_text(json.dumps({**lock, "hostname": "elsewhere", "pid": 1}))
     with pytest.raises(RecoveryError, match="run this on elsewhere"):
         recover(dev.engine)
@@ -149,6 +172,58 @@ def test_a_lock_is_left_alone_unless_its_run_is_dead_on_this_host(dev: Dev):
             recover(dev.engine)
         alive.kill()
     assert file.exists()
+
+
+def test_make_recover_clears_the_lock_of_another_host_once_it_is_told_that_its_run_is_dead(
+    dev: Dev,
+):
+    before = ids(dev), dev.world
+    tunnels = {"provider": "cloudflare", "method": "Update", "urn": "*Config::dev"}
+    dev.settings["tunnels"]["dev"]["routes"][0]["service"] = "http://localhost:81"
+    dev.set_config(dev.settings)
+    with cut_off(dev, tunnels):
+        [lock] = dev.locks.glob("*.json")
+        with edited_file(lock) as held:
+            held["hostname"] = "elsewhere"
+        refused = dev.make("recover", "STACK=dev")
+    assert refused.returncode != 0
+    assert "run this on elsewhere" in refused.stderr
+    assert "run this again with UNLOCK=1" in refused.stderr
+    assert lock.exists()
+    assert (ids(dev), dev.world) == before
+
+    done = dev.make("recover", "STACK=dev", "UNLOCK=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    holder = f"{held['username']}@elsewhere, pid {held['pid']}, since "
+    assert f"lock: {holder}" in done.stdout
+    assert ": that run is dead, its lock is cleared" in done.stdout
+    assert "cut off while updating: ZeroTrustTunnelCloudflaredConfig dev" in done.stdout
+    assert "Updating (dev)" in done.stdout
+    assert not list(dev.locks.iterdir())
+    assert ids(dev) == before[0]
+    assert "localhost:81" in "".join(dev.world.values())
+    assert not dev.export()["deployment"].get("pending_operations")
+
+
+def test_make_recover_finishes_a_destroy_that_was_killed(dev: Dev):
+    dev.settings["cluster"]["delete"] = "factory"
+    dev.settings["tunnels"]["dev"]["delete"] = "dev"
+    dev.set_config(dev.settings)
+    dev.up()
+    tunnel = {"provider": "cloudflare", "method": "Delete", "urn": "*Cloudflared::dev"}
+    with cut_off(dev, {**tunnel, "when": "after"}, "destroy"):
+        done = dev.make("recover", "STACK=dev", "DESTROY=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cut off while deleting: ZeroTrustTunnelCloudflared dev" in done.stdout
+    assert ": that run is dead, its lock is cleared" in done.stdout
+    assert "Destroying (dev)" in done.stdout
+    assert "Updating (dev)" not in done.stdout
+    assert not list(dev.locks.iterdir())
+    assert "resources" not in dev.export()["deployment"]
+    # The cluster went with all that was in it; images are no run's to delete.
+    assert list((dev.directory / "world/machine/clusters").iterdir()) == []
+    left = {file for file in dev.world if not file.startswith("kubernetes/")}
+    assert left == {"docker/image/cloudflare/cloudflared:2025.4.0.json"}
 
 
 def test_a_checkpoint_that_a_kill_cut_off_is_read_again(dev: Dev):

@@ -197,6 +197,7 @@ def test_the_provider_hangs_on_the_identity_and_forgets_nothing(register):
     assert provider.inputs["kubeconfig"] == KUBECONFIG
     assert "kubeconfig" in provider.secrets
     assert provider.inputs["enableSecretMutable"] == "true"
+    assert provider.inputs["enablePatchForce"] == "true"
     assert provider.inputs["deleteUnreachable"] == "false"
 
 

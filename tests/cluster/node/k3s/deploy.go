@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"embed"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -63,10 +66,16 @@ func (s *server) applyWritten(ctx context.Context, dir string, applied map[strin
 		if err != nil || seen.ModTime().Equal(applied[file]) {
 			continue
 		}
+		marked, err := marked(ctx, file)
+		if err != nil {
+			say("error", "%s: %v", filepath.Base(file), err)
+			continue
+		}
 		for {
 			command := exec.CommandContext(ctx, components+"kubectl", "apply", "--server-side",
-				"--force-conflicts", "--field-manager=deploy@"+s.nodeName, "--filename="+file,
+				"--force-conflicts", "--field-manager=deploy@"+s.nodeName, "--filename=-",
 				"--kubeconfig="+s.dir+"/cred/admin.kubeconfig")
+			command.Stdin = bytes.NewReader(marked)
 			said, err := command.CombinedOutput()
 			if err == nil {
 				break
@@ -80,4 +89,19 @@ func (s *server) applyWritten(ctx context.Context, dir string, applied map[strin
 		applied[file] = seen.ModTime()
 	}
 	return nil
+}
+
+// marked is a manifest whose objects name the add-on that they are of, as wrangler's pkg/apply leaves
+// it on them.
+func marked(ctx context.Context, file string) ([]byte, error) {
+	const owner = "objectset.rio.cattle.io/owner-"
+	name := strings.TrimSuffix(filepath.Base(file), ".yaml")
+	command := exec.CommandContext(ctx, components+"kubectl", "annotate", "--local", "--overwrite",
+		"--filename="+file, "--output=yaml", owner+"gvk=k3s.cattle.io/v1, Kind=Addon",
+		owner+"name="+name, owner+"namespace=kube-system")
+	text, err := command.Output()
+	if failed := (*exec.ExitError)(nil); errors.As(err, &failed) {
+		return nil, fmt.Errorf("%s", failed.Stderr)
+	}
+	return text, err
 }
