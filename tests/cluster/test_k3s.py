@@ -36,6 +36,7 @@ KILLS = "/run/homelab-kills"
 # killed before yet, and once while a tool that takes long is at work.
 _KILLED = f'''
 def _dies(step, after=0.0):
+    step = re.sub(r"=/proc/\\d+/", "=/proc/*/", step)
     step = re.sub(r"[0-9]{{4}}[-0-9TZ:.]{{6,}}|[0-9a-f]{{12,}}|hostctl-\\w+|\\d{{9,}}", "*", step)
     try:
         with open("{KILLS}", "r+") as file:
