@@ -18,11 +18,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hostctl import program
-from setup import ssh
+from setup import cluster, ssh
 from setup.cluster import Rig
 from tests.cluster.engine import Engine
 from tests.cluster.mutants import mutated
@@ -141,6 +141,17 @@ class Lan:
         until(lambda: self.shell(shlex.join([sys.executable, "-c", ask])).returncode == 0)
 
 
+@contextlib.contextmanager
+def network(root: Path) -> Iterator[Lan]:
+    """A network without machines yet, whose files are in a directory."""
+    lan = Lan(cluster.resolve(), root)
+    try:
+        lan.open()
+        yield lan
+    finally:
+        lan.close()
+
+
 class Machine(Engine):
     """A machine with sshd and systemd, off until `boot`."""
 
@@ -173,6 +184,13 @@ class Machine(Engine):
             text = f'#!/bin/sh\nexec {python} -I -S {_SYSTEMD} {name} "$@"\n'
             self.write(f"/usr/local/bin/{name}", text, "755")
         self.run(["ln", "--symbolic", "--force", python, "/usr/local/bin/python3"])
+        # The stand-in makes no pod network: this kernel may lack what k3s makes it of.
+        lists = f"/usr/lib/modules/{os.uname().release}"
+        has = f"mkdir -p {lists}; echo kernel/drivers/net/vxlan.ko >> {lists}/modules.builtin"
+        self.run(["sh", "-ec", has])
+        # A new machine has no kubectl.
+        none = 'while it=$(command -v kubectl); do mount --bind /dev/null "$it"; done'
+        self.run(["sh", "-ec", none])
 
     def _sshd_config(self) -> str:
         settings = {

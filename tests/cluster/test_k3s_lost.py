@@ -7,15 +7,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from components import host as host_module
 from hostctl import program
-from setup import cluster as rig
-from tests.cluster.machines import Lan, shipped
-from tests.cluster.test_k3s import AGENT, SERVERS, VERSION, Node, Tower
+from tests.cluster.test_k3s import AGENT, SERVERS, Tower, machines
 from tests.unit.test_runbooks import RUNBOOKS, steps
 
 pytestmark = pytest.mark.cluster
@@ -31,43 +28,16 @@ PASSWORD = {
 }
 
 
-class Single(Tower):
-    """One server with SQLite, and an agent."""
-
-    def __init__(self, lan: Lan) -> None:
-        self.lan, self.version, self.identity = lan, VERSION, ""
-        self.nodes = {
-            name: Node(self, name, lan.machine(number))
-            for number, name in enumerate((SERVER, AGENT), 1)
-        }
-
-
 @pytest.fixture
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Single]:
-    lan = Lan(rig.resolve(), tmp_path_factory.mktemp("lan"))
-    patch = pytest.MonkeyPatch()
-
-    def run(command: str, stdin: str, **_: Any) -> Any:
-        # What the invoke command:local:run does.
-        return lan.shell(command, stdin)
-
-    patch.setattr(host_module.local, "run", run)
-    hostctl = shipped()
-    patch.setattr(host_module.program, "packed", lambda: hostctl)
-    try:
-        lan.open()
-        tower = Single(lan)
-        for node in tower.nodes.values():
-            node.install()
+def tower(tmp_path: Path) -> Iterator[Tower]:
+    """One server with SQLite, and an agent."""
+    with machines(tmp_path, [SERVER, AGENT]) as tower:
         tower.identity = tower.first.do("k3s ensure", tower.ensured(SERVER))["identity"]
         tower.nodes[AGENT].do("k3s ensure", tower.ensured(AGENT))
         yield tower
-    finally:
-        patch.undo()
-        lan.close()
 
 
-def test_a_lost_single_server_comes_back_as_it_was_with_its_agents(tower: Single) -> None:
+def test_a_lost_single_server_comes_back_as_it_was_with_its_agents(tower: Tower) -> None:
     """What each command of the page prints is what the page says."""
     first = tower.first
     restic = shutil.which("restic", path=os.pathsep.join(map(str, tower.lan.rig.first)))
@@ -108,7 +78,7 @@ def test_a_lost_single_server_comes_back_as_it_was_with_its_agents(tower: Single
     tower.mark("since")
 
 
-def assert_prints(tower: Single, command: str, shown: str) -> None:
+def assert_prints(tower: Tower, command: str, shown: str) -> None:
     ran = tower.lan.shell(tower.first.connection.line("sh", "-c", f"{command} 2>&1"))
     fragments = [one.strip() for line in shown.splitlines() for one in line.split("…")]
     pattern = ".*".join(map(re.escape, filter(None, fragments)))
