@@ -21,7 +21,7 @@ thereby migrated and keeps its id.
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,61 +310,7 @@ class CloudflareTunnel(pulumi.ComponentResource):
                         # cloudflared reads its token once, so a new one must roll the pods.
                         "annotations": {"checksum/token": _digest(token)},
                     },
-                    "spec": {
-                        "automount_service_account_token": False,
-                        "enable_service_links": False,
-                        "termination_grace_period_seconds": _STOP_SECONDS,
-                        "security_context": _POD_SECURITY,
-                        "topology_spread_constraints": [
-                            {
-                                "max_skew": 1,
-                                "topology_key": "kubernetes.io/hostname",
-                                "when_unsatisfiable": "ScheduleAnyway",
-                                "label_selector": {"match_labels": selector},
-                            }
-                        ],
-                        "containers": [
-                            {
-                                "name": "cloudflared",
-                                "image": connector.image,
-                                "args": _arguments(f"0.0.0.0:{connector.metrics_port}"),
-                                "ports": [
-                                    {"name": "metrics", "container_port": connector.metrics_port}
-                                ],
-                                # Ready while at least one connection to Cloudflare stands. A minute
-                                # without any restarts it, not the first failure: an outage of the
-                                # line must not end in a restart back-off.
-                                "readiness_probe": {
-                                    "http_get": {"path": "/ready", "port": "metrics"},
-                                    "period_seconds": 10,
-                                },
-                                "liveness_probe": {
-                                    "http_get": {"path": "/ready", "port": "metrics"},
-                                    "initial_delay_seconds": 10,
-                                    "period_seconds": 10,
-                                    "failure_threshold": 6,
-                                },
-                                "resources": {
-                                    "requests": CONNECTOR_RESOURCES.requests,
-                                    "limits": CONNECTOR_RESOURCES.limits,
-                                },
-                                "security_context": _CONTAINER_SECURITY,
-                                "volume_mounts": [
-                                    {
-                                        "name": "token",
-                                        "mount_path": _TOKEN_FILE.rpartition("/")[0],
-                                        "read_only": True,
-                                    }
-                                ],
-                            }
-                        ],
-                        "volumes": [
-                            {
-                                "name": "token",
-                                "secret": {"secret_name": secret_name, "default_mode": 0o440},
-                            }
-                        ],
-                    },
+                    "spec": _pod(connector, secret_name, selector),
                 },
             },
             opts=pulumi.ResourceOptions.merge(
@@ -554,6 +500,65 @@ def _get(route: settings.Route) -> list[str]:
         options.append("--insecure")
     shown = f"{route.hostname} %{{url}} %{{response_code}} %{{errormsg}}\\n"
     return [*options, "--output", "/dev/null", "--write-out", shown, url]
+
+
+def _pod(
+    connector: settings.ClusterConnector, secret_name: str, selector: Mapping[str, str]
+) -> kubernetes.core.v1.PodSpecArgsDict:
+    """cloudflared, which finds its token in the Secret. ``selector`` matches all of its pods."""
+    return {
+        "automount_service_account_token": False,
+        "enable_service_links": False,
+        "termination_grace_period_seconds": _STOP_SECONDS,
+        "security_context": _POD_SECURITY,
+        "topology_spread_constraints": [
+            {
+                "max_skew": 1,
+                "topology_key": "kubernetes.io/hostname",
+                "when_unsatisfiable": "ScheduleAnyway",
+                "label_selector": {"match_labels": selector},
+            }
+        ],
+        "containers": [
+            {
+                "name": "cloudflared",
+                "image": connector.image,
+                "args": _arguments(f"0.0.0.0:{connector.metrics_port}"),
+                "ports": [{"name": "metrics", "container_port": connector.metrics_port}],
+                # Ready while at least one connection to Cloudflare stands. A minute without any
+                # restarts it, not the first failure: an outage of the line must not end in a
+                # restart back-off.
+                "readiness_probe": {
+                    "http_get": {"path": "/ready", "port": "metrics"},
+                    "period_seconds": 10,
+                },
+                "liveness_probe": {
+                    "http_get": {"path": "/ready", "port": "metrics"},
+                    "initial_delay_seconds": 10,
+                    "period_seconds": 10,
+                    "failure_threshold": 6,
+                },
+                "resources": {
+                    "requests": CONNECTOR_RESOURCES.requests,
+                    "limits": CONNECTOR_RESOURCES.limits,
+                },
+                "security_context": _CONTAINER_SECURITY,
+                "volume_mounts": [
+                    {
+                        "name": "token",
+                        "mount_path": _TOKEN_FILE.rpartition("/")[0],
+                        "read_only": True,
+                    }
+                ],
+            }
+        ],
+        "volumes": [
+            {
+                "name": "token",
+                "secret": {"secret_name": secret_name, "default_mode": 0o440},
+            }
+        ],
+    }
 
 
 def _arguments(metrics: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hostctl.cluster_backup import utc
@@ -186,22 +186,7 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
             write_k3s_record(machine, cluster, restoring=begun, pending=node.version)
         say(f"what is there is kept in {begun['backup']}")
         set_token(machine, token)
-        told = {
-            key: value
-            for key, value in node.config.items()
-            if key not in ("server", "cluster-init")
-        }
-        with machine.private_file(k3s_config_text(told).encode()) as config:
-            reset = [K3S_BINARY, "server", "--cluster-reset", f"--config={config}"]
-            s3 = [one for one in options if one.startswith("--etcd-s3")]
-            ran = attempt(
-                machine,
-                [*reset, f"--cluster-reset-restore-path={path}", *s3],
-                step,
-                env=secrets,
-                timeout=1800.0,
-                tick=lambda waited: say(f"{step}: {waited:.0f} s"),
-            )
+        ran = _reset(machine, node, path, options, secrets, step)
         if ran.code:
             raise Failure(
                 "failed",
@@ -233,6 +218,32 @@ def k3s_snapshot_restore(machine: Machine, spec: dict[str, Any]) -> Result:
         )
     return {"restored": wanted["name"], "identity": identity, "tokenDigest": digest,
             "backup": begun["backup"]}  # fmt: skip
+
+
+def _reset(
+    machine: Machine,
+    node: K3sNode,
+    path: str,
+    options: Sequence[str],
+    secrets: Mapping[str, str],
+    step: str,
+) -> Ran:
+    """Lets k3s make an etcd of one member of a snapshot, with the node's own config but for how it
+    joins others."""
+    told = {
+        key: value for key, value in node.config.items() if key not in ("server", "cluster-init")
+    }
+    with machine.private_file(k3s_config_text(told).encode()) as config:
+        reset = [K3S_BINARY, "server", "--cluster-reset", f"--config={config}"]
+        s3 = [one for one in options if one.startswith("--etcd-s3")]
+        return attempt(
+            machine,
+            [*reset, f"--cluster-reset-restore-path={path}", *s3],
+            step,
+            env=secrets,
+            timeout=1800.0,
+            tick=lambda waited: say(f"{step}: {waited:.0f} s"),
+        )
 
 
 def _path_of(machine: Machine, wanted: Mapping[str, Any], options: list[str], step: str) -> str:

@@ -9,8 +9,10 @@ ignoreChanges, import id, secret marks.
         assert registered["ZeroTrustTunnelCloudflared", "factory"].protect
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -104,9 +106,6 @@ class _Monitor(mocks.MockMonitor):
     """Pulumi's mock monitor, which keeps each request."""
 
     def __init__(self, answers: _Mocks) -> None:
-        # The stack is the process's, and would keep those of the programs that ran before.
-        if root := pulumi.runtime.settings.get_root_resource():
-            root._transformations = []
         super().__init__(answers)
         self._requests: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
@@ -122,6 +121,41 @@ class _Monitor(mocks.MockMonitor):
     def RegisterResourceOutputs(self, request: Any) -> Any:
         self._outputs[request.urn] = request.outputs
         return super().RegisterResourceOutputs(request)
+
+    def run(self, program: Callable[[], Any], *, stack: str = "test", preview: bool) -> None:
+        """Runs a program until all that it started has ended, in an event loop and under a root
+        stack of its own. Raises what the program raises."""
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        def begin() -> None:
+            # Else the mocks make one in each thread that asks the monitor, and never close it.
+            loops.append(asyncio.new_event_loop())
+            asyncio.set_event_loop(loops[-1])
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_default_executor(ThreadPoolExecutor(initializer=begin))
+            mocks.set_mocks(
+                self.mocks,
+                project="homelab",
+                stack=stack,
+                preview=preview,
+                monitor=self,
+                logger=logging.getLogger("pulumi"),
+            )
+            try:
+                pulumi.runtime.test(program)()
+            except BaseException:
+                # It is what the outputs hold that nobody awaits any more. Each would be logged when
+                # it is collected: in another test, at any of its lines.
+                loop.set_exception_handler(lambda *_: None)
+                raise
+
+        try:
+            asyncio.run(main())
+        finally:
+            for loop in loops:
+                loop.close()
 
     def registered(self) -> Registered:
         resources: dict[Key, Registration] = {}
@@ -172,15 +206,7 @@ def run_program() -> Callable[..., Registered]:
         preview: bool = False,
     ) -> Registered:
         monitor = _Monitor(_Mocks(outputs or {}, calls or {}))
-        mocks.set_mocks(
-            monitor.mocks,
-            project="homelab",
-            stack="test",
-            preview=preview,
-            monitor=monitor,
-            logger=logging.getLogger("pulumi"),
-        )
-        pulumi.runtime.test(program)()
+        monitor.run(program, preview=preview)
         return monitor.registered()
 
     return run

@@ -5,7 +5,6 @@ make-believe ones of a rehearsal. No engine, so that a stack costs a tenth of a 
 """
 
 import json
-import logging
 import os
 import runpy
 from collections.abc import Mapping
@@ -46,17 +45,6 @@ class Program(Rehearsal):
         Raises what the program raises.
         """
         monitor = _Monitor(_Mocks({}, {"command:local:run": self._answer}))
-        mocks.set_mocks(
-            monitor.mocks,
-            project="homelab",
-            stack=self.stack,
-            preview=True,
-            monitor=monitor,
-            logger=logging.getLogger("pulumi"),
-        )
-        # Where the stack's own file would be: those of the other stacks are there.
-        root = str(self.directory / "project")
-        pulumi.runtime.settings.SETTINGS.root_directory = root  # pyright: ignore[reportAttributeAccessIssue]
         given = self.given if config is None else config
         # The stand-in of Cloudflare's API reads in it what the token needs.
         file = self.directory / "project" / f"Pulumi.{self.stack}.yaml"
@@ -65,12 +53,18 @@ class Program(Rehearsal):
         pulumi.runtime.set_all_config(texts)
         os.environ["CLOUDFLARE_BASE_URL"] = api.address(self.directory, self.stack)
         try:
-            pulumi.runtime.test(lambda: runpy.run_path(str(CHECKOUT / "__main__.py")))()
+            monitor.run(self._main, stack=self.stack, preview=True)
         finally:
             del os.environ["CLOUDFLARE_BASE_URL"]
             pulumi.runtime.set_all_config({})
             self.seen = monitor.registered()
         return self.seen
+
+    def _main(self) -> None:
+        # Where the stack's own file would be: those of the other stacks are there.
+        root = str(self.directory / "project")
+        pulumi.runtime.settings.SETTINGS.root_directory = root  # pyright: ignore[reportAttributeAccessIssue]
+        runpy.run_path(str(CHECKOUT / "__main__.py"))
 
     def _answer(self, call: mocks.MockCallArgs) -> Mapping[str, Any]:
         line = call.args["command"].removesuffix(" || true")
