@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong
+from hostctl.machine import PROGRESS_SECONDS, Machine, Ran, TookTooLong, ToolMissing
 from hostctl.protocol import Failure, Result, say
 from hostctl.record import cluster_lock, read_record, write_record
 from hostctl.spec import (
@@ -74,6 +74,8 @@ def _git(machine: Machine, arguments: Sequence[str]) -> Ran | str:
         return machine.run(["git", *arguments], env=env, timeout=20.0)
     except TookTooLong:
         return "no answer in 20 s"
+    except ToolMissing:
+        return "git is no longer on PATH"
 
 
 APPLY_SPEC: dict[str, Any] = {

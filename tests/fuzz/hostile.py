@@ -52,7 +52,8 @@ SCALARS = (
 ANY_TEXT = st.sampled_from(TEXTS) | st.text(max_size=40)
 ANYTHING = (
     ANY_TEXT
-    | st.sampled_from(SCALARS)
+    # A value that is changed in one example must be as it was in the next.
+    | st.sampled_from(SCALARS).map(copy.deepcopy)
     | st.integers()
     | st.lists(ANY_TEXT, max_size=3)
     | st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=2)
