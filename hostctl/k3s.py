@@ -68,6 +68,9 @@ from hostctl.spec import CLUSTER_NAME, OBJECT_NAME, Value, checked, or_null
 from hostctl.tools import for_system, run_tool
 
 _LEAVES_SECONDS = 120
+# By it k3s keeps a server's Node until the server is out of etcd. It is there soon after the Node.
+_MEMBER_FINALIZER = "wrangler.cattle.io/managed-etcd-controller"
+_HELD_SECONDS = 30
 _CERTIFICATES = ("server/tls/serving-kube-apiserver.crt", "agent/serving-kubelet.crt")
 _PROGRAM_REMEDIES = {
     "iscsiadm": (
@@ -815,6 +818,7 @@ def _leave(machine: Machine, node: K3sNode, step: str) -> None:
     if node.datastore == "sqlite":
         return
     name, deleted = node.node or "", False
+    seen: float | None = None
     until = machine.now() + _LEAVES_SECONDS
     while machine.now() < until:
         try:
@@ -824,6 +828,12 @@ def _leave(machine: Machine, node: K3sNode, step: str) -> None:
             if member is None and deleted:
                 return
             if member and not deleted:
+                seen = machine.now() if seen is None else seen
+                held = _MEMBER_FINALIZER in (member["metadata"].get("finalizers") or [])
+                if not held and machine.now() - seen < _HELD_SECONDS:
+                    # Deleted now, the Node would go and its member stay in etcd for good.
+                    machine.sleep(1)
+                    continue
                 say(f"{name} is a member of its cluster: it leaves first")
                 # Gone it is when this etcd has lost its member, and with it the API asked here.
                 k3s_kubectl(machine, ["delete", "node", name, "--wait=false"], step)

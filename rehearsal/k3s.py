@@ -9,6 +9,8 @@ World of a machine:
   k3s-broken.json      versions whose k3s ends as soon as it starts, or the datastore (sqlite, etcd)
                        with which it does
   k3s.json             {"cluster", "node"}: what runs or ran here
+  k3s-holds.json       from when on k3s keeps this server's Node until it is out of etcd, by its
+                       finalizer (seconds of the epoch); from the start without it
 What k3s keeps on the host is below files/var/lib/rancher/k3s, as its datastore is: a state.db or an
 etcd, each the token that it is sealed with and the cluster's name.
 """
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 Object = dict[str, Any]
 _SEALED = "made-up datastore: "
+_MEMBER_FINALIZER = "wrangler.cattle.io/managed-etcd-controller"
 
 
 class K3s:
@@ -234,10 +237,15 @@ class K3s:
         if member["role"] == "server":
             names = ["control-plane", "master", *(["etcd"] * (cluster["datastore"] == "etcd"))]
             roles = {f"node-role.kubernetes.io/{one}": "true" for one in names}
+        holds = "node-role.kubernetes.io/etcd" in roles and self._holds()
         obj = {
             "apiVersion": "v1",
             "kind": "Node",
-            "metadata": {"name": node, "labels": {"kubernetes.io/hostname": node, **roles}},
+            "metadata": {
+                "name": node,
+                "labels": {"kubernetes.io/hostname": node, **roles},
+                "finalizers": [_MEMBER_FINALIZER] if holds else [],
+            },
             "status": {
                 "addresses": [{"type": "InternalIP", "address": member["address"]}],
                 "conditions": [{"type": "Ready", "status": "True" if ready else "Unknown"}],
@@ -250,8 +258,11 @@ class K3s:
         if live is None:
             api.create(obj, "k3s")
         else:
-            live["metadata"]["labels"] = obj["metadata"]["labels"]
+            live["metadata"] |= obj["metadata"]
             api.world.put(key, {**live, "status": obj["status"]})
+
+    def _holds(self) -> bool:
+        return self.machine.now() >= self.machine.setting("k3s-holds.json", 0.0)
 
     # The program
 
@@ -287,6 +298,9 @@ class K3s:
         return self.kubectl(cluster, words, input)
 
     def kubectl(self, cluster: Object, words: list[str], input: bytes) -> Ran:
+        own = self.machine.setting("k3s.json", {}).get("node")
+        if own in cluster["members"] and self.machine.setting("k3s-holds.json", 0.0):
+            self._say_node(cluster, own, ready=True)
         match words:
             case ["exec", *rest]:
                 return self.machine.in_pod(rest, input)
@@ -299,11 +313,15 @@ class K3s:
                 return self._cordon(cluster, node, False)
             case ["delete", "node", node] | ["delete", "node", node, "--wait=false"]:
                 api = self.api(cluster)
-                obj = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}
-                if not api.delete(obj):
+                live = api.world.get(f"{api.cluster}/_cluster/Node/{node}")
+                if live is None:
                     return _failed(f'Error from server (NotFound): nodes "{node}" not found')
-                cluster["members"].pop(node, None)
-                self._put(cluster)
+                api.delete(live)
+                # Without its finalizer nobody takes a server out of etcd.
+                held = live["metadata"].get("finalizers")
+                if held or "node-role.kubernetes.io/etcd" not in live["metadata"]["labels"]:
+                    cluster["members"].pop(node, None)
+                    self._put(cluster)
                 return _done(f'node "{node}" deleted\n')
         return self.machine.kubectl_of(cluster["ca"], words, input)
 

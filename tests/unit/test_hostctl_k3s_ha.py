@@ -479,3 +479,14 @@ def test_a_server_that_joined_again_after_it_was_forgotten_leaves_before_it_is_r
     assert sorted(ha.cluster["members"]) == ["k3s-master", "k3s-server-2"]
     ran = [call for call in ha.third.calls if "delete" in call or "stop" in call]
     assert ("delete" in ran[0], "stop" in ran[1]) == (True, True)
+
+
+def test_a_server_whose_node_k3s_does_not_hold_yet_stays_in_etcd_for_no_removal(
+    ha: HighlyAvailable,
+) -> None:
+    assert ha.master("k3s forget", {"cluster": "tower", "node": "k3s-server-3"})["changed"]
+    machine = ha.third.machine
+    machine.set("k3s-holds.json", machine.now() + 5)
+    machine.run(["systemctl", "restart", "--no-block", "k3s.service"])
+    assert ha.third("k3s remove", ha.joining(3))["removed"]
+    assert sorted(ha.cluster["members"]) == ["k3s-master", "k3s-server-2"]

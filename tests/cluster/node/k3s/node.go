@@ -117,10 +117,6 @@ func (n *node) register(ctx context.Context, client kubernetes.Interface) error 
 		ObjectMeta: metav1.ObjectMeta{Name: n.name, Labels: labels},
 		Spec:       corev1.NodeSpec{ProviderID: "k3s://" + n.name, Taints: taints},
 	}
-	if strings.Contains(n.roles, "etcd") {
-		// Deleted before a server has seen it, it would stay in etcd.
-		one.Finalizers = []string{memberFinalizer}
-	}
 	for {
 		_, err := client.CoreV1().Nodes().Create(ctx, one, metav1.CreateOptions{})
 		if apierrors.IsAlreadyExists(err) {
