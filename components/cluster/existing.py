@@ -11,12 +11,11 @@ from ipaddress import ip_address
 from typing import Any
 
 import pulumi
-import pulumi_kubernetes as kubernetes
 import yaml
 
 import homelab
 from components import settings
-from components.cluster import Cluster
+from components.cluster import Cluster, kubernetes_provider
 from components.host import (
     Connection,
     Host,
@@ -274,23 +273,10 @@ class ExistingCluster(pulumi.ComponentResource):
             delete=["files", "remove"],
             opts=pulumi.ResourceOptions(parent=self),
         )
-        provider = kubernetes.Provider(
-            "kubernetes",
-            kubeconfig=self.kubeconfig,
-            cluster_identifier=live.identity,
-            enable_server_side_apply=True,
-            # What another owner has never comes to an apply (components/ownership.py). Left are
-            # fields that a person edited, or a former owner: they would refuse it as a conflict.
-            enable_patch_force=True,
-            # Without these every changed Secret or ConfigMap is replaced.
-            enable_secret_mutable=True,
-            enable_config_map_mutable=True,
-            delete_unreachable=False,
-            # As for a k3d cluster that sleeps: a refresh keeps what is known, a preview shows
-            # edits.
-            skip_update_unreachable=not (
-                live.state == "unreachable" and pulumi.runtime.is_dry_run()
-            ),
+        provider = kubernetes_provider(
+            self.kubeconfig,
+            live.identity,
+            sleeping=live.state == "unreachable",
             opts=pulumi.ResourceOptions(parent=self, depends_on=[file]),
         )
         self.cluster = Cluster(

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pulumi
-import pulumi_kubernetes as kubernetes
 import yaml
 from pulumi_command import local
 from pydantic import TypeAdapter, ValidationError
 
 import homelab
 from components import settings, versions
-from components.cluster import Cluster
+from components.cluster import Cluster, kubernetes_provider
 from components.host import (
     Connection,
     Host,
@@ -563,22 +562,10 @@ class K3sCluster(pulumi.ComponentResource):
                 parent=self, depends_on=[way_in], protect=declared.delete != declared.name
             ),
         )
-        sleeping = live.kubeconfig is None and live.nodes[first].state != "absent"
-        provider = kubernetes.Provider(
-            "kubernetes",
-            kubeconfig=self.kubeconfig,
-            cluster_identifier=identity,
-            enable_server_side_apply=True,
-            # What another owner has never comes to an apply (components/ownership.py). Left are
-            # fields that a person edited, or a former owner: they would refuse it as a conflict.
-            enable_patch_force=True,
-            # Without these every changed Secret or ConfigMap is replaced.
-            enable_secret_mutable=True,
-            enable_config_map_mutable=True,
-            delete_unreachable=False,
-            # As for a k3d cluster that sleeps: a refresh keeps what is known, a preview shows
-            # edits.
-            skip_update_unreachable=not (sleeping and pulumi.runtime.is_dry_run()),
+        provider = kubernetes_provider(
+            self.kubeconfig,
+            identity,
+            sleeping=live.kubeconfig is None and live.nodes[first].state != "absent",
             opts=pulumi.ResourceOptions(parent=self, depends_on=[file]),
         )
         self.cluster = Cluster(

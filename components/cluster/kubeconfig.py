@@ -9,6 +9,7 @@ import pulumi_kubernetes as kubernetes
 import yaml
 
 from components import settings
+from components.cluster import kubernetes_provider
 from components.cluster.k3d import K3dCluster, LiveCluster, server_url
 from components.host import Host, result
 
@@ -63,23 +64,10 @@ class Kubeconfig(pulumi.ComponentResource):
         content = args.live.kubeconfig or result(command).apply(lambda seen: seen["kubeconfig"])
         self.content = pulumi.Output.secret(content).apply(_checked)
         self.path = pulumi.Output.from_input(file.path)
-        sleeping = args.live.state in ("stopped", "imported")
-        self.provider = kubernetes.Provider(
-            "kubernetes",
-            kubeconfig=self.content,
-            cluster_identifier=args.cluster.fingerprint,
-            enable_server_side_apply=True,
-            # What another owner has never comes to an apply (components/ownership.py). Left are
-            # fields that a person edited, or a former owner: they would refuse it as a conflict.
-            enable_patch_force=True,
-            # Without these every changed Secret or ConfigMap is replaced.
-            enable_secret_mutable=True,
-            enable_config_map_mutable=True,
-            # Objects out of reach are never forgotten. A refresh, which reads with the provider in
-            # the state, keeps what is known of a sleeping cluster. The provider of a preview must
-            # not skip: its Check would hide every edit (pulumi-kubernetes, provider.go).
-            delete_unreachable=False,
-            skip_update_unreachable=not (sleeping and pulumi.runtime.is_dry_run()),
+        self.provider = kubernetes_provider(
+            self.content,
+            args.cluster.fingerprint,
+            sleeping=args.live.state in ("stopped", "imported"),
             opts=pulumi.ResourceOptions(parent=self, depends_on=[command]),
         )
         self.register_outputs({"path": self.path, "content": self.content})
