@@ -63,7 +63,7 @@ def sound(p510: P510, capsys: pytest.CaptureFixture[str]) -> P510:
     with edited_file(p510.objects / CONNECTOR) as deployment:
         deployment["status"] = {"readyReplicas": 2}
     taken = time.strftime("%Y%m%dT%H%M%S.000000Z", time.gmtime(p510.host.now()))
-    for item, kind in (("keycloak", "tar"), ("skillai", "dump")):
+    for item, kind in (("keycloak", "tar"), ("skillai", "dump"), ("state", "tar")):
         for suffix in ("", ".sha256"):
             p510.write_file(f"{BACKUPS}/{item}/{taken}.{kind}{suffix}", "content")
     with edited_file(p510.host_file("/var/lib/homelab/clusters/factory.json")) as record:
