@@ -83,3 +83,32 @@ def assert_prints(tower: Tower, command: str, shown: str) -> None:
     fragments = [one.strip() for line in shown.splitlines() for one in line.split("…")]
     pattern = ".*".join(map(re.escape, filter(None, fragments)))
     assert re.search(pattern, ran.stdout, re.S), (command, ran.stdout, ran.stderr)
+
+
+def test_watching_sees_the_api_the_nodes_and_the_certificates_and_what_is_lost(
+    tower: Tower,
+) -> None:
+    address = tower.first.machine.address
+    # These machines serve no DNS to a pod (test_acceptance.py has nodes that do); one of an image
+    # that is no busybox is made and ends well.
+    dns = {"name": "kubernetes.default.svc.cluster.local", "image": "example.org/none:1.0.0"}
+    watched = {"cluster": "tower", "api": address, "dns": dns}
+    seen = tower.first.do("watch run", watched)["checks"]
+    assert {key: one["state"] for key, one in seen.items() if not key.startswith("room")} == {
+        "api": "passed",
+        "dns": "passed",
+        "certificate serving": "passed",
+        "certificate client": "passed",
+        "nodes": "passed",
+    }
+    assert seen["api"]["detail"] == f"it answers at {address}:6443"
+    assert seen["nodes"]["detail"] == "all 2 are Ready"
+
+    # An address that no server has, as a virtual one when its holder is gone.
+    elsewhere = tower.first.do("watch run", {**watched, "api": "192.0.2.1"})["checks"]
+    failed = {key for key, one in elsewhere.items() if one["state"] == "failed"}
+    assert failed == {"api"}
+    tower.first.do("k3s stop", {"cluster": "tower", "node": SERVER})
+    stopped = tower.first.do("watch run", watched)["checks"]
+    assert stopped["api"]["state"] == "failed"
+    assert stopped["nodes"]["state"] == "cannot-tell"
